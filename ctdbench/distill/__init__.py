@@ -1,0 +1,1 @@
+"""The distillation harness: models, documents, batches, the streamed step, the training loop."""

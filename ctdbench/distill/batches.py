@@ -1,0 +1,219 @@
+"""Examples -> padded batches, and the blocks in which a step walks over them.
+
+Row i of a sequence is the prediction of token i + 1: the causal shift happens here, once. Lengths
+are padded to a few fixed sizes, so that kernels are built for a few shapes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctdbench.distill.examples import AlignedSide, Example
+from ctdbench.method import Needs
+
+IntArray = NDArray[np.int64]
+BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+
+
+@dataclass(frozen=True)
+class SideBatch:
+    """One side of a batch of B documents, padded on the right to length L.
+
+    ids, mask: [B, L] int64. The other fields describe the R rows (predictions) in document order:
+    position [R] is the row's place in the states flattened to [B * L, d]; the rest as in `Rows`.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    position: Tensor
+    token: Tensor
+    chunk: Tensor
+    supervised: Tensor
+    document: Tensor
+    byte_start: Tensor
+    byte_end: Tensor
+
+    def to(self, device: torch.device) -> SideBatch:
+        """The same on another device."""
+        return SideBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents of one forward pass on both sides; chunk ids run over the whole batch.
+
+    document_chunks: [B] int64. texts: the bytes that both sides lie over, per document.
+    """
+
+    student: SideBatch
+    teacher: SideBatch
+    document_chunks: Tensor
+    texts: tuple[bytes, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return sum(map(len, self.texts))
+
+    def first_bytes(self) -> Tensor:
+        """[B] where each document starts in the bytes of all documents joined."""
+        sizes = torch.tensor([len(text) for text in self.texts], device=self.document_chunks.device)
+        return sizes.cumsum(0) - sizes
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(
+            self.student.to(device),
+            self.teacher.to(device),
+            self.document_chunks.to(device),
+            self.texts,
+        )
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """What one block takes from a batch: row indices of both sides, a chunk range, row pairs."""
+
+    student: Tensor
+    teacher: Tensor
+    first_chunk: int
+    chunks: int
+    pairs: Tensor | None
+
+
+def collate(examples: Sequence[Example], student_pad: int, teacher_pad: int) -> Batch:
+    """A padded batch of whole documents."""
+    counts = np.array([example.chunks for example in examples], dtype=np.int64)
+    first = np.cumsum(counts) - counts
+    student = _side([example.student for example in examples], first, student_pad)
+    teacher = _side([example.teacher for example in examples], first, teacher_pad)
+    texts = tuple(example.text for example in examples)
+    return Batch(student, teacher, torch.from_numpy(counts), texts)
+
+
+def bucket(length: int) -> int:
+    """The padded length of a sequence: the next of a few sizes."""
+    return next((size for size in BUCKETS if size >= length), -(-length // 1024) * 1024)
+
+
+def _side(sides: Sequence[AlignedSide], first_chunk: IntArray, pad: int) -> SideBatch:
+    length = bucket(max(len(side.chunk) for side in sides))
+    ids = np.full((len(sides), length), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, side in enumerate(sides):
+        ids[row, : len(side.chunk)] = side.sequence.ids
+        mask[row, : len(side.chunk)] = 1
+    lengths = np.array([len(side.chunk) - 1 for side in sides])
+    document = np.repeat(np.arange(len(sides)), lengths)
+    column = np.arange(len(document)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    chunk = _joined([side.chunk for side in sides])
+    arrays = (
+        ids,
+        mask,
+        document * length + column,
+        _joined([side.sequence.ids for side in sides]),
+        np.where(chunk >= 0, chunk + first_chunk[document], -1),
+        _joined([side.supervised for side in sides]),
+        document,
+        _joined([side.sequence.byte_start for side in sides]),
+        _joined([side.sequence.byte_end for side in sides]),
+    )
+    return SideBatch(*map(torch.from_numpy, arrays))
+
+
+def _joined(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+    """The arrays in a row, each without its first entry: token 0 has no prediction."""
+    return np.concatenate([array[1:] for array in arrays])
+
+
+def plan_blocks(batch: Batch, needs: Needs, block_rows: int) -> list[BlockRows]:
+    """Cut a batch into blocks of at most `block_rows` rows of both sides.
+
+    A chunk is never cut, so one that is larger makes a larger block. Supervised student rows that
+    no chunk or pair holds follow in blocks of their own: cross-entropy counts them.
+    """
+    if not needs.teacher:
+        blocks, covered = [], torch.zeros_like(batch.student.supervised)
+    elif needs.pairing == "positions":
+        blocks, covered = _pair_blocks(batch, needs, block_rows)
+    else:
+        blocks, covered = _chunk_blocks(batch, needs, block_rows)
+    loose = (batch.student.supervised & ~covered).nonzero()[:, 0]
+    none = loose.new_empty(0)
+    pairs = loose.new_empty(0, 2) if needs.pairing == "positions" else None
+    return blocks + [BlockRows(part, none, 0, 0, pairs) for part in loose.split(block_rows) if len(part)]
+
+
+def _chunk_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[BlockRows], Tensor]:
+    chunks = int(batch.document_chunks.sum())
+    sides = [batch.student.chunk, batch.teacher.chunk]
+    rows = [(chunk >= 0).nonzero()[:, 0] for chunk in sides]
+    ends = [torch.bincount(c[r], minlength=chunks).cumsum(0) for c, r in zip(sides, rows, strict=True)]
+    if not needs.teacher_logits:
+        rows[1], ends[1] = rows[1][:0], torch.zeros_like(ends[1])
+    starts = [0, *_cuts((ends[0] + ends[1]).cpu().numpy(), block_rows)]
+    blocks = []
+    for start, end in zip(starts, starts[1:], strict=False):
+        student, teacher = (
+            row[(int(last[start - 1]) if start else 0) : int(last[end - 1])]
+            for row, last in zip(rows, ends, strict=True)
+        )
+        blocks.append(BlockRows(student, teacher, start, end - start, None))
+    return blocks, batch.student.chunk >= 0
+
+
+def _cuts(rows_up_to: IntArray, block_rows: int) -> list[int]:
+    """Ends of runs of chunks with at most `block_rows` rows each, and at least one chunk."""
+    cuts: list[int] = []
+    start, before = 0, 0
+    while start < len(rows_up_to):
+        fitting = int(np.searchsorted(rows_up_to, before + block_rows, side="right"))
+        start = max(fitting, start + 1)
+        before = int(rows_up_to[start - 1])
+        cuts.append(start)
+    return cuts
+
+
+def _pair_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[BlockRows], Tensor]:
+    pairs = position_pairs(batch, needs.skip_last_student_token)
+    covered = torch.zeros_like(batch.student.supervised)
+    covered[pairs[:, 0]] = True
+    blocks = []
+    for part in pairs.split(max(1, block_rows // 2)):
+        if len(part):
+            own = torch.arange(len(part), device=part.device)
+            local = torch.stack([own, own], dim=1)
+            blocks.append(BlockRows(part[:, 0], part[:, 1], 0, 0, local))
+    return blocks, covered
+
+
+def position_pairs(batch: Batch, skip_last_student_token: bool) -> Tensor:
+    """[P, 2] rows: the k-th supervised student row with the k-th of the teacher, per document."""
+    sides = []
+    for side, skip in ((batch.student, skip_last_student_token), (batch.teacher, False)):
+        rows = side.supervised.nonzero()[:, 0]
+        document = side.document[rows]
+        if skip and len(rows):
+            last = torch.ones_like(document, dtype=torch.bool)
+            last[:-1] = document[1:] != document[:-1]
+            rows, document = rows[~last], document[~last]
+        counts = torch.bincount(document, minlength=len(batch.document_chunks))
+        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[document]
+        sides.append((rows, document, rank, counts))
+    shorter = torch.minimum(sides[0][3], sides[1][3])
+    kept = [rows[rank < shorter[document]] for rows, document, rank, _ in sides]
+    return torch.stack(kept, dim=1)
+
+
+def pairs_per_document(batch: Batch, needs: Needs) -> Tensor:
+    """[B] int64: chunks of each document, or row pairs for a method that pairs positions."""
+    if needs.pairing == "chunks":
+        return batch.document_chunks
+    pairs = position_pairs(batch, needs.skip_last_student_token)
+    return torch.bincount(batch.student.document[pairs[:, 0]], minlength=len(batch.document_chunks))

@@ -1,0 +1,280 @@
+"""Documents to train on: the embedded corpus, GSM8K, JSONL files, hub datasets; and a held-out split.
+
+A document is a list of segments (text, role, supervised). Order, split and pieces depend on the
+text and the seed alone, never on a tokenizer, so every method of every pair sees the same bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ctdbench.errors import PreflightError, UserError
+
+EMBEDDED = Path(__file__).parent / "embedded" / "corpus.jsonl.gz"
+HELD_OUT_SHARE = 0.05
+SEPARATOR = "\n"  # between the segments of a document rendered as plain text
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of text; `supervised` is False for what the student is only given (a prompt)."""
+
+    text: str
+    role: str = "text"
+    supervised: bool = True
+
+
+@dataclass(frozen=True)
+class Document:
+    """Segments in order; `complete` says that the text ends here and is not cut."""
+
+    segments: tuple[Segment, ...]
+    complete: bool = True
+
+    @property
+    def text(self) -> str:
+        """The plain text: segments joined by a newline."""
+        return SEPARATOR.join(segment.text for segment in self.segments)
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of the plain text."""
+        return len(self.text.encode("utf-8"))
+
+    def supervised_spans(self) -> list[tuple[int, int]]:
+        """Byte spans of the plain text that are supervised; separators belong to what follows."""
+        spans, start = [], 0
+        for index, segment in enumerate(self.segments):
+            lead = len(SEPARATOR) if index else 0
+            end = start + lead + len(segment.text.encode("utf-8"))
+            if segment.supervised:
+                spans.append((start, end))
+            start = end
+        return spans
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of a source, split; `skipped` counts rows that are no documents, by reason."""
+
+    name: str
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+    skipped: dict[str, int]
+    generated_by_teacher: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every document in order."""
+        digest = hashlib.sha256()
+        for document in (*self.train, *self.held_out):
+            digest.update(repr(document).encode("utf-8"))
+        return digest.hexdigest()
+
+
+def require(name: str, data_dir: Path | None) -> None:
+    """Raise UserError, without loading anything, if the corpus cannot be had."""
+    kind, _, rest = name.partition(":")
+    if name == "embedded" or (kind == "hub" and rest):
+        return
+    if name == "gsm8k":
+        if data_dir is not None:
+            _existing(data_dir / "gsm8k" / "train.jsonl")
+        return
+    if kind == "jsonl" and rest:
+        _jsonl_files(Path(rest))
+        return
+    raise UserError(
+        f"train.corpus: unknown corpus {name!r}", "use embedded, gsm8k, jsonl:PATH or hub:ORG/NAME#FIELD"
+    )
+
+
+def load_corpus(name: str, data_dir: Path | None = None) -> Corpus:
+    """The corpus called `name`, split by document hash; duplicates are dropped.
+
+    Raises UserError for an unknown name or a corpus without a single document, PreflightError if
+    the hub is needed and cannot be reached.
+    """
+    require(name, data_dir)
+    skipped: Counter[str] = Counter()
+    documents = list(dict.fromkeys(_documents(name, data_dir, skipped)))
+    if not documents:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no rows"
+        raise UserError(f"corpus {name} has no usable document ({reasons})")
+    held_out = tuple(document for document in documents if is_held_out(document))
+    train = tuple(document for document in documents if not is_held_out(document))
+    return Corpus(name, train, held_out, dict(skipped), generated_by_teacher=name == "embedded")
+
+
+def is_held_out(document: Document) -> bool:
+    """Whether a document belongs to the split that no training sees; decided by its text alone."""
+    digest = hashlib.sha256(document.text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < HELD_OUT_SHARE
+
+
+def training_order(corpus: Corpus, seed: int, budget: int, piece_bytes: int) -> list[Document]:
+    """Pieces of the training documents in a seeded order, up to `budget` bytes: at most one epoch.
+
+    Raises UserError if the corpus holds less text than the budget.
+    """
+    documents = list(corpus.train)
+    random.Random(f"ctdbench/order/{seed}").shuffle(documents)
+    chosen, size = [], 0
+    for document in documents:
+        for piece in cut(document, piece_bytes):
+            if size >= budget:
+                return chosen
+            chosen.append(piece)
+            size += piece.size
+    if size < budget:
+        raise UserError(
+            f"train.budget: corpus {corpus.name} has {size} bytes to train on, not {budget}",
+            f"ask for at most --budget {size}",
+        )
+    return chosen
+
+
+def cut(document: Document, piece_bytes: int) -> Iterator[Document]:
+    """Pieces of at most `piece_bytes` bytes, cut before a space where there is one."""
+    piece: list[Segment] = []
+    room = piece_bytes
+    for segment in document.segments:
+        rest = segment.text
+        while rest:
+            head, rest = _split(rest, room, must=not piece)
+            if head:
+                piece.append(replace(segment, text=head))
+            room -= len(head.encode("utf-8")) + len(SEPARATOR)
+            if rest or room <= 0:
+                complete = document.complete and not rest and segment is document.segments[-1]
+                if piece:
+                    yield Document(tuple(piece), complete)
+                piece, room = [], piece_bytes
+    if piece:
+        yield Document(tuple(piece), document.complete)
+
+
+def _split(text: str, room: int, *, must: bool) -> tuple[str, str]:
+    """The part of `text` that fits into `room` bytes, up to a space, and the rest.
+
+    A word longer than the room is split only if it `must` be, in an empty piece.
+    """
+    data = text.encode("utf-8")
+    if len(data) <= room:
+        return text, ""
+    head = data[: max(room, 0)].decode("utf-8", errors="ignore")
+    space = head.rfind(" ")
+    if space > 0 or not must:
+        head = head[: max(space, 0)]
+    return head, text[len(head) :]
+
+
+def _documents(name: str, data_dir: Path | None, skipped: Counter[str]) -> Iterator[Document]:
+    kind, _, rest = name.partition(":")
+    if name == "embedded":
+        lines = gzip.decompress(EMBEDDED.read_bytes()).splitlines()
+        yield from _parse_lines(lines, skipped)
+    elif name == "gsm8k":
+        yield from _gsm8k(data_dir, skipped)
+    elif kind == "jsonl":
+        for path in _jsonl_files(Path(rest)):
+            yield from _parse_lines(path.read_bytes().split(b"\n"), skipped)
+    else:
+        yield from _hub(rest, skipped)
+
+
+def _parse_lines(lines: Iterable[bytes], skipped: Counter[str]) -> Iterator[Document]:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            skipped["not UTF-8"] += 1
+            continue
+        except (json.JSONDecodeError, RecursionError):
+            skipped["not JSON"] += 1
+            continue
+        yield from _from_row(row, skipped)
+
+
+def _from_row(row: Any, skipped: Counter[str]) -> Iterator[Document]:
+    """The document of a row {"text": ...}, {"question", "answer"} or {"segments": [...]}."""
+    segments = tuple(segment for segment in _segments(row) if segment.text)
+    if not any(segment.supervised and segment.text.strip() for segment in segments):
+        skipped["empty or without text"] += 1
+    elif any(_has_surrogate(segment.text) for segment in segments):
+        skipped["lone surrogates"] += 1
+    else:
+        yield Document(segments, complete=bool(row.get("complete", True)))
+
+
+def _segments(row: Any) -> list[Segment]:
+    if not isinstance(row, dict):
+        return []
+    if isinstance(row.get("text"), str):
+        return [Segment(row["text"])]
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return [Segment(row["question"], "user"), Segment(row["answer"], "assistant")]
+    entries = row.get("segments")
+    if not isinstance(entries, list):
+        return []
+    return [
+        Segment(entry["text"], str(entry.get("role", "text")), bool(entry.get("supervised", True)))
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("text"), str)
+    ]
+
+
+def _has_surrogate(text: str) -> bool:
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+
+
+def _gsm8k(data_dir: Path | None, skipped: Counter[str]) -> Iterator[Document]:
+    if data_dir is not None:
+        path = _existing(data_dir / "gsm8k" / "train.jsonl")
+        yield from _parse_lines(path.read_bytes().split(b"\n"), skipped)
+        return
+    for row in _hub_rows("openai/gsm8k", "main"):
+        yield from _from_row(row, skipped)
+
+
+def _hub(rest: str, skipped: Counter[str]) -> Iterator[Document]:
+    location, _, field = rest.partition("#")
+    parts = location.split("/")
+    config = parts[2] if len(parts) > 2 else None
+    for row in _hub_rows("/".join(parts[:2]), config):
+        yield from _from_row({"text": row.get(field or "text")}, skipped)
+
+
+def _hub_rows(name: str, config: str | None) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split="train")  # type: ignore[no-any-return]
+    except Exception as error:  # network, authorisation, unknown name: one message for the user
+        raise PreflightError(
+            f"corpus {name} could not be had from the hub ({type(error).__name__})",
+            "check the name and your network, or give local files with --data-dir or jsonl:PATH",
+        ) from error
+
+
+def _jsonl_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [_existing(path)]
+    if not files:
+        raise UserError(f"train.corpus: folder {path} holds no *.jsonl file")
+    return files
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"file {path} does not exist", "check --data-dir or train.corpus")
+    return path

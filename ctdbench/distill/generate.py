@@ -1,0 +1,137 @@
+"""Text that a model generates: prompts from a file of templates, answers in batches with a KV cache."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PROMPTS = Path(__file__).parent / "embedded" / "prompts.yaml"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; recorded with every generated corpus."""
+
+    seed: int = 0
+    temperature: float = 0.8
+    top_k: int = 50
+    max_new_tokens: int = 320
+    batch_size: int = 96
+
+
+def prompts(seed: int, path: Path = PROMPTS) -> list[tuple[str, str]]:
+    """(kind, prompt) for every kind of the file, shuffled within and interleaved across kinds."""
+    kinds = yaml.safe_load(path.read_text(encoding="utf-8"))
+    shuffled = []
+    for kind, entry in kinds.items():
+        filled = [text for template in entry["templates"] for text in _fill(template, entry)]
+        order = random.Random(f"{seed}/{kind}")  # by name: a new kind leaves the others' order alone
+        order.shuffle(filled)
+        shuffled.append([(kind, text) for text in filled])
+    rounds = itertools.zip_longest(*shuffled)
+    return [entry for one_each in rounds for entry in one_each if entry is not None]
+
+
+def _fill(template: str, fields: dict[str, list[str]]) -> Iterator[str]:
+    names = sorted({name for _, name, _, _ in string.Formatter().parse(template) if name})
+    for values in itertools.product(*(fields[name] for name in names)):
+        yield template.format(**dict(zip(names, values, strict=True)))
+
+
+def answers(
+    model: Any, tokenizer: Any, questions: Sequence[str], sampling: Sampling
+) -> list[tuple[str, bool]]:
+    """(answer, whether the model ended it by itself) for one batch of questions, in order.
+
+    The random state is derived from the seed and the questions, so that a batch gives the same
+    text whatever was generated before it.
+    """
+    rendered = [_render(tokenizer, question) for question in questions]
+    inputs = tokenizer(
+        rendered,
+        return_tensors="pt",
+        padding=True,
+        pad_to_multiple_of=64,  # the same few shapes in every batch: kernels are built once
+        padding_side="left",
+        add_special_tokens=False,
+    ).to(model.device)
+    digest = hashlib.sha256("\0".join([str(sampling.seed), *questions]).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )[:, inputs["input_ids"].shape[1] :]
+    ended = (output == tokenizer.eos_token_id).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return list(zip(texts, ended, strict=True))
+
+
+def _render(tokenizer: Any, question: str) -> str:
+    """The prompt in the model's own chat template; a base model gets the question and a newline."""
+    if tokenizer.chat_template is None:
+        return f"{tokenizer.bos_token or ''}{question}\n"
+    turn = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+
+
+def generate_corpus(
+    model: Any, tokenizer: Any, target_bytes: int, sampling: Sampling
+) -> Iterator[dict[str, Any]]:
+    """Documents (kind, segments, complete) until their text holds `target_bytes` bytes.
+
+    An answer that runs in circles, or is nearly empty, is dropped.
+    """
+    size = 0
+    pending = prompts(sampling.seed)
+    for start in range(0, len(pending), sampling.batch_size):
+        batch = pending[start : start + sampling.batch_size]
+        for (kind, question), (answer, ended) in zip(
+            batch, answers(model, tokenizer, [text for _, text in batch], sampling), strict=True
+        ):
+            text = answer.strip()
+            if len(text) < 80 or _repeats(text):
+                continue
+            size += len(question.encode()) + len(text.encode())
+            yield _document(kind, question, text, complete=ended)
+        if size >= target_bytes:
+            return
+
+
+def _document(kind: str, question: str, answer: str, *, complete: bool) -> dict[str, Any]:
+    segments = [
+        {"text": question, "role": "user", "supervised": False},
+        {"text": answer, "role": "assistant", "supervised": True},
+    ]
+    return {"kind": kind, "segments": segments, "complete": complete}
+
+
+def _repeats(text: str) -> bool:
+    """Whether some run of eight words occurs three times or more."""
+    words = text.split()
+    runs = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
+    return bool(runs) and max(map(runs.count, set(runs))) >= 3
+
+
+def write_corpus(path: Path, documents: Sequence[dict[str, Any]]) -> None:
+    """Documents as gzipped JSONL, byte for byte the same for the same documents."""
+    lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
+    temporary.replace(path)

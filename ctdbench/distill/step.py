@@ -1,0 +1,318 @@
+"""One optimisation step's gradient, streamed over blocks of rows.
+
+No [tokens x vocabulary] tensor is ever whole. The body runs forward once; then, block by block, the
+head gives logits for both sides, the method its terms, and `autograd.grad` their gradient with
+respect to (states, head, extra modules). One backward through the wrapped network closes the step,
+which is what lets DDP and FSDP2 synchronise: a backward per block would not.
+
+A loss is a sum over its count in the *global* batch. Counts follow from tokens and chunks alone, so
+they are known, over all micro-batches and processes, before the first gradient is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ctdbench import ops
+from ctdbench.distill import models
+from ctdbench.distill.batches import (
+    Batch,
+    BlockRows,
+    SideBatch,
+    pairs_per_document,
+    plan_blocks,
+)
+from ctdbench.distill.precision import autocast
+from ctdbench.distill.teacher import Teacher
+from ctdbench.errors import RunError
+from ctdbench.method import Block, Method, PairTables, Rows, Term, cross_entropy
+
+CE = "ce"
+
+
+class Network(nn.Module):
+    """All that is trained: the student and the method's modules, as one module to wrap."""
+
+    def __init__(self, model: Any, columns: int, modules: Mapping[str, nn.Module]) -> None:
+        """columns: size of the student's vocabulary; logits past it are cut."""
+        super().__init__()
+        self.model = model
+        self.columns = columns
+        self.extra = nn.ModuleDict(modules)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The states that the head reads, [B * L, d]."""
+        return models.hidden_states(self.model, ids, mask).flatten(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, columns] float32."""
+        return models.logits(self.model, hidden, self.columns)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters outside the body: the head and the extra modules."""
+        head = models.base_model(self.model).get_output_embeddings()
+        return [p for module in (head, self.extra) for p in module.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step computed over the global batch: the loss and every term as its mean."""
+
+    loss: float
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What the blocks of one micro-batch are cut from; the states are detached."""
+
+    batch: Batch
+    per_document: Tensor
+    student: Tensor | None
+    teacher: Tensor | None
+    bytes: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Every term's total and count over the blocks of a step so far."""
+
+    totals: Counter[str]
+    counts: Counter[str]
+
+
+class Step:
+    """Computes gradients of a method's loss on a global batch; the optimizer is the caller's."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: Teacher | None,
+        method: Method,
+        tables: PairTables,
+        *,
+        accelerator: Accelerator,
+        precision: str = "float32",
+        block_rows: int = 512,
+    ) -> None:
+        """network: a `Network`, wrapped by `accelerator.prepare` or not."""
+        self.wrapped = network
+        self.network: Network = accelerator.unwrap_model(network)
+        self.teacher = teacher
+        self.method = method
+        self.tables = tables
+        self.accelerator = accelerator
+        self.precision = precision
+        self.block_rows = block_rows
+
+    def gradients(self, batches: Sequence[Batch], *, idle: bool = False) -> StepReport:
+        """Add the gradient of the global batch, of which `batches` are this process's share.
+
+        idle: this process has no document of the batch; it runs along on a borrowed one whose
+        loss does not count. Raises RunError for a loss that is not finite.
+        """
+        plans = [[] if idle else self._plan(batch) for batch in batches]
+        counts = self._reduced(self._counts(batches, plans))
+        sums = _Sums(Counter(), Counter())
+        for index, (batch, blocks) in enumerate(zip(batches, plans, strict=True)):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                self._micro_batch(batch, blocks, counts, sums)
+        _check_counts(counts, self._reduced(sums.counts))
+        terms = self._reduced(dict.fromkeys(counts, 0.0) | dict(sums.totals))
+        means = {name: total / max(counts[name], 1e-12) for name, total in terms.items()}
+        loss = sum(self._weight(name) * value for name, value in means.items())
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RunError(f"the loss is not finite ({means})", "lower train.learning_rate")
+        return StepReport(loss, means)
+
+    def _plan(self, batch: Batch) -> list[BlockRows]:
+        return plan_blocks(batch, self.method.needs, self.block_rows)
+
+    def _weight(self, name: str) -> float:
+        if name == CE:
+            return self.method.options.ce_weight
+        return self.method.weights().get(name, 1.0)
+
+    def _counts(self, batches: Sequence[Batch], plans: Sequence[list[BlockRows]]) -> dict[str, float]:
+        """Every term's count over this process's share."""
+        counts: Counter[str] = Counter({CE: 0.0})  # type: ignore[dict-item]
+        for batch, blocks in zip(batches, plans, strict=True):
+            sides = _Sides(batch, pairs_per_document(batch, self.method.needs), None, None, None)
+            for rows in blocks:
+                block = self._block(sides, rows, None)
+                supervised = block.student.supervised & (block.student.token >= 0)
+                counts[CE] += float(supervised.sum())
+                for name, count in self._block_counts(block).items():
+                    counts[name] += float(count)
+        return dict(counts)
+
+    def _block_counts(self, block: Block) -> Mapping[str, Tensor]:
+        counts = self.method.counts(block)
+        return _counts_by_terms(self, block) if counts is None else counts
+
+    def _reduced(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over all processes; every process knows every name."""
+        if self.accelerator.num_processes == 1:
+            return dict(values)
+        from accelerate.utils import gather_object
+
+        merged: Counter[str] = Counter()
+        for entry in gather_object([dict(values)]):
+            merged.update(entry)
+        return dict(merged)
+
+    def _micro_batch(
+        self, batch: Batch, blocks: Sequence[BlockRows], counts: Mapping[str, float], sums: _Sums
+    ) -> None:
+        """One forward of both bodies, the blocks, one backward."""
+        with autocast(batch.student.ids.device, self.precision):
+            hidden = self.wrapped(batch.student.ids, batch.student.mask)
+        sides = self._sides(batch, hidden.detach())
+        head = self.network.head_parameters()
+        hidden_grad = torch.zeros_like(hidden)
+        head_grads = [torch.zeros_like(parameter) for parameter in head]
+        for rows in blocks:
+            leaf = hidden.detach()[batch.student.position[rows.student]].requires_grad_()
+            loss = self._block_loss(sides, rows, leaf, counts, sums)
+            found = torch.autograd.grad(loss, [leaf, *head], allow_unused=True)
+            if found[0] is not None:
+                hidden_grad.index_add_(0, batch.student.position[rows.student], found[0])
+            for total, part in zip(head_grads, found[1:], strict=True):
+                if part is not None:
+                    total.add_(part)
+        surrogate = (hidden * hidden_grad).sum()
+        for parameter, gradient in zip(head, head_grads, strict=True):
+            surrogate = surrogate + (parameter * gradient).sum()
+        self.accelerator.backward(surrogate)
+
+    def _sides(self, batch: Batch, student: Tensor) -> _Sides:
+        needs = self.method.needs
+        hidden = distributions = None
+        if needs.teacher:
+            assert self.teacher is not None
+            if needs.teacher_logits or needs.bytes != "beam":
+                hidden = self.teacher.hidden(batch.teacher)
+            if needs.bytes is not None:
+                live = None if needs.bytes == "beam" else hidden
+                distributions = self.teacher.byte_distributions(batch, live, needs)
+        per_document = pairs_per_document(batch, needs)
+        return _Sides(batch, per_document, student, hidden, distributions)
+
+    def _block_loss(
+        self,
+        sides: _Sides,
+        rows: BlockRows,
+        leaf: Tensor,
+        counts: Mapping[str, float],
+        sums: _Sums,
+    ) -> Tensor:
+        """The block's share of the global loss; adds its terms to `sums`."""
+        with autocast(leaf.device, self.precision):
+            block = self._block(sides, rows, leaf)
+            terms = {CE: cross_entropy(block.student)}
+            terms |= self.method.terms(block, dict(self.network.extra.items()))
+        scale = self.accelerator.num_processes  # DDP averages over processes
+        loss = leaf.sum() * 0.0
+        for name, term in terms.items():
+            sums.totals[name] += float(term.total.detach())
+            sums.counts[name] += float(term.count)
+            if counts.get(name, 0.0) > 0:
+                loss = loss + term.total * (self._weight(name) * scale / counts[name])
+        return loss
+
+    def _block(self, sides: _Sides, rows: BlockRows, leaf: Tensor | None) -> Block:
+        """The block; without states (leaf None) it carries no logits, for counting."""
+        needs, batch = self.method.needs, sides.batch
+        student = _rows(batch.student, rows.student, rows.first_chunk)
+        if leaf is not None:
+            hidden = leaf if needs.hidden else None
+            student = replace(student, logits=self.network.logits(leaf), hidden=hidden)
+        teacher = None
+        if needs.teacher_logits:
+            teacher = _rows(batch.teacher, rows.teacher, rows.first_chunk)
+            if sides.teacher is not None and self.teacher is not None:
+                states = sides.teacher[batch.teacher.position[rows.teacher]]
+                teacher = replace(teacher, logits=self.teacher.logits(states))
+        distributions = None
+        if sides.bytes is not None:
+            distributions = sides.bytes[_byte_places(batch, student)]
+        return Block(
+            student=student,
+            teacher=teacher,
+            chunks=rows.chunks,
+            document_chunks=sides.per_document,
+            pairs=rows.pairs,
+            bytes=distributions,
+            pair=self.tables,
+        )
+
+
+def _rows(side: SideBatch, index: Tensor, first_chunk: int) -> Rows:
+    """The named rows, without logits; chunk ids start at 0."""
+    chunk = side.chunk[index]
+    return Rows(
+        logits=None,
+        token=side.token[index],
+        chunk=torch.where(chunk >= 0, chunk - first_chunk, -1),
+        supervised=side.supervised[index],
+        document=side.document[index],
+        byte_start=side.byte_start[index],
+        byte_end=side.byte_end[index],
+    )
+
+
+def _byte_places(batch: Batch, rows: Rows) -> Tensor:
+    """Where the bytes of the rows' chunks lie in the bytes of all documents joined, [N]."""
+    width = torch.where(rows.chunk >= 0, rows.byte_end - rows.byte_start, 0)
+    row, offset = ops.ragged(width)
+    return (batch.first_bytes()[rows.document] + rows.byte_start)[row] + offset
+
+
+def _check_counts(expected: Mapping[str, float], seen: Mapping[str, float]) -> None:
+    """What was divided by is what `terms` said; a method that counts by its logits is refused."""
+    for name, count in seen.items():
+        if abs(count - expected.get(name, 0.0)) > 1e-4 * (1 + abs(count)):
+            raise RunError(
+                f"method term {name!r} counts {count:g} in terms() but {expected.get(name, 0.0):g} in advance",
+                "a count must follow from tokens and chunks alone, and counts() must agree",
+            )
+
+
+@torch.no_grad()
+def _counts_by_terms(step: Step, block: Block) -> dict[str, Tensor]:
+    """Counts of a method that does not tell them: its terms on rows of zeros."""
+    device = block.student.token.device
+    filled = replace(
+        block,
+        student=_zeros(block.student, step.network.columns, _width(step.network)),
+        bytes=torch.full((_bytes_in(block.student), ops.BYTES + 1), 1 / 257, device=device)
+        if step.method.needs.bytes
+        else None,
+    )
+    if block.teacher is not None and step.teacher is not None:
+        filled = replace(filled, teacher=_zeros(block.teacher, step.teacher.columns, step.teacher.side.width))
+    terms = step.method.terms(filled, dict(step.network.extra.items()))
+    return {name: term.count for name, term in terms.items()}
+
+
+def _width(network: Network) -> int:
+    return int(models.base_model(network.model).get_output_embeddings().weight.shape[1])
+
+
+def _bytes_in(rows: Rows) -> int:
+    return int(torch.where(rows.chunk >= 0, rows.byte_end - rows.byte_start, 0).sum())
+
+
+def _zeros(rows: Rows, columns: int, width: int) -> Rows:
+    """The rows with logits and states of zeros that take no memory."""
+    zero = torch.zeros(1, 1, device=rows.token.device)
+    return replace(rows, logits=zero.expand(len(rows.token), columns), hidden=zero.expand(-1, width))

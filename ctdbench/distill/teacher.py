@@ -1,0 +1,92 @@
+"""The frozen teacher: hidden states of a batch, logits of chosen rows, byte distributions."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctdbench import ops
+from ctdbench.distill import models, references
+from ctdbench.distill.batches import Batch, SideBatch
+from ctdbench.distill.byte_beam import beam_distributions
+from ctdbench.distill.models import Side
+from ctdbench.distill.precision import autocast
+from ctdbench.method import Needs
+from ctdbench.text.vocabulary import ByteTrie
+
+ROWS_AT_A_TIME = 256  # rows whose probabilities over the whole vocabulary exist at a time
+
+
+class Teacher:
+    """A live teacher. It never gets a gradient and stays outside the student's wrapper."""
+
+    def __init__(self, side: Side, trie: ByteTrie, precision: str, identity: str) -> None:
+        """`identity` names the model's content; the cache of beam distributions depends on it."""
+        self.side = side
+        self.trie = trie
+        self.precision = precision
+        self.identity = identity
+        self.columns = len(side.tokens.vocabulary)
+        side.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def hidden(self, batch: SideBatch) -> Tensor:
+        """States that the head reads, [B * L, d]."""
+        with autocast(batch.ids.device, self.precision):
+            return models.hidden_states(self.side.model, batch.ids, batch.mask).flatten(0, 1)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] float32 for states [R, d]."""
+        with autocast(hidden.device, self.precision):
+            return models.logits(self.side.model, hidden, self.columns)
+
+    def byte_distributions(self, batch: Batch, hidden: Tensor | None, needs: Needs) -> Tensor:
+        """The teacher's distribution of every byte of the batch's documents joined, [N, 257].
+
+        Bytes that no teacher row predicts (a first token without BOS) have a row of zeros.
+        hidden: [B * L, d], or None for `beam`, which runs the model by itself.
+        """
+        if hidden is None:
+            return torch.cat([self._beam(text) for text in batch.texts]).to(batch.student.ids.device)
+        side = batch.teacher
+        first = batch.first_bytes()
+        out = torch.zeros(batch.size, ops.BYTES + 1, device=hidden.device)
+        for start in range(0, len(side.position), ROWS_AT_A_TIME):
+            lead = min(start, 1)  # `mixed` reads the row before, too
+            rows = slice(start - lead, start + ROWS_AT_A_TIME)
+            width = (side.byte_end - side.byte_start)[rows]
+            wanted = torch.ones_like(width, dtype=torch.bool)
+            wanted[:lead] = False
+            found = ops.byte_distributions(
+                self.trie,
+                self.logits(hidden[side.position[rows]]).softmax(-1),
+                side.token[rows],
+                width,
+                side.document[rows],
+                select=wanted,
+                estimator="path" if needs.bytes == "path" else "mixed",
+                end_bin=needs.end_bin,
+            )
+            row, offset = ops.ragged(torch.where(wanted, width, 0))
+            place = first[side.document[rows]] + side.byte_start[rows]
+            out[place[row] + offset] = found
+        return out
+
+    def _beam(self, text: bytes) -> Tensor:
+        """The paper's beam for one document, computed once and cached by content."""
+        key = hashlib.sha256(b"\0".join([b"beam-1", self.identity.encode(), text])).hexdigest()
+        path = references.cache_dir() / "beam" / f"{key}.safetensors"
+        if path.is_file():
+            return load_file(path)["bytes"]
+        bos: list[int] = [] if self.side.specials.bos is None else [self.side.specials.bos]
+        rows: Any = beam_distributions(self.side.model, self.trie, text, bos)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"bytes": rows.contiguous()}, temporary)
+        temporary.replace(path)
+        return rows  # type: ignore[no-any-return]

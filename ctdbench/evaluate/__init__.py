@@ -1,0 +1,26 @@
+"""Evaluation: lm-eval tasks, bits per byte, divergence from the teacher; outcomes per sample.
+
+    check_tasks(["gsm8k", "piqa", "agi_zh"], data_dir)         # cheap, before any model is loaded
+    evaluation = evaluate(EvaluationRequest(student, tokenizer, ("piqa", "bpb_pydoc"), limit=100))
+
+Importing this package imports neither torch nor lm-eval.
+"""
+
+from __future__ import annotations
+
+from ctdbench.evaluate.catalog import TaskInfo, available_tasks, check_tasks, task_content
+from ctdbench.evaluate.overlap import Overlap, shared_ngrams, task_texts
+from ctdbench.evaluate.runner import Evaluation, EvaluationRequest, evaluate
+
+__all__ = [
+    "Evaluation",
+    "EvaluationRequest",
+    "Overlap",
+    "TaskInfo",
+    "available_tasks",
+    "check_tasks",
+    "evaluate",
+    "shared_ngrams",
+    "task_content",
+    "task_texts",
+]

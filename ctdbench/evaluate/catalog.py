@@ -1,0 +1,263 @@
+"""Which tasks there are and whether their data can be had; reads YAML only and runs no task code.
+
+A task file's `!function` entries run Python when the task is evaluated, so a folder of task files
+is trusted like a plugin. Listing and checking them is safe: such entries are read as plain text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ctdbench.errors import PreflightError, UserError
+
+Needs = Literal["data", "heldout", "teacher", "nothing"]
+Config = dict[str, Any]
+HUB_TIMEOUT_SECONDS = 5
+LOCAL_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a user may know of a task before it runs.
+
+    kind: "generate_until", "multiple_choice", "loglikelihood", "loglikelihood_rolling", or
+        "teacher_jsd". metric: the first to look at. subsets: the leaf tasks of a group.
+    needs: "data" (hub or --data-dir), "heldout" (the corpus's held-out split), "teacher" (one or
+        more teachers, and with `teacher_jsd` the held-out split as well), or "nothing".
+    hub: data sets on the hub. files: original files under --data-dir.
+    lower_is_better: those of its metrics that are better when smaller.
+    """
+
+    name: str
+    description: str
+    kind: str
+    metric: str
+    needs: Needs
+    hub: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    subsets: tuple[str, ...] = ()
+    lower_is_better: tuple[str, ...] = ()
+
+
+TEACHER_TASKS = {
+    "teacher_jsd": TaskInfo(
+        "teacher_jsd",
+        "Jensen-Shannon divergence from the teacher's next-byte distributions, held-out documents",
+        kind="teacher_jsd",
+        metric="jsd",
+        needs="teacher",
+        lower_is_better=("jsd",),
+    ),
+    "teacher_jsd_pydoc": TaskInfo(
+        "teacher_jsd_pydoc",
+        "The same on Python's language reference: human text wherever the corpus is the teacher's",
+        kind="teacher_jsd",
+        metric="jsd",
+        needs="teacher",
+        lower_is_better=("jsd",),
+    ),
+}
+
+
+def available_tasks(extra_task_dirs: Iterable[Path] = ()) -> list[TaskInfo]:
+    """All tasks by name: the project's, those of `extra_task_dirs`, and the teacher measures."""
+    configs = task_configs(extra_task_dirs)
+    listed = [_info(name, configs) for name in configs]
+    return sorted([*listed, *TEACHER_TASKS.values()], key=lambda info: info.name)
+
+
+def check_tasks(
+    names: Sequence[str], data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+) -> None:
+    """Raise, within seconds and without torch, if a task is unknown or its data cannot be had.
+
+    With `data_dir` every file that a task declares must lie there; a task that declares none takes
+    its data set from the hub in any case. Raises UserError for an unknown task or a missing file,
+    PreflightError for a data set that is neither in the local cache nor reachable on the hub.
+    """
+    known = {info.name: info for info in available_tasks(extra_task_dirs)}
+    for name in names:
+        if name not in known:
+            raise _unknown(name, known)
+    for info in (known[name] for name in dict.fromkeys(names)):
+        if data_dir is not None and info.files:
+            _require_files(info, data_dir)
+        else:
+            for dataset in info.hub:
+                _require_hub(dataset, info)
+
+
+def task_content(
+    names: Sequence[str], data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+) -> dict[str, str]:
+    """Name -> SHA-256 of what the name stands for: the task's YAML, its local or embedded files.
+
+    Part of a cell's identity. A data set on the hub enters by its name only, the functions that a
+    task calls by the `version` in its YAML.
+    """
+    extra = list(extra_task_dirs)
+    configs, files = task_configs(extra), task_files(extra)
+    content = {}
+    for name in dict.fromkeys(names):
+        state = hashlib.sha256(_canonical(configs.get(name, name)))
+        for leaf in leaf_configs(name, configs) if name in configs else ():
+            metadata = leaf.get("metadata") or {}
+            folder = files[name].parent if metadata.get("embedded") else data_dir
+            for file in metadata.get("files", {}).values() if folder is not None else ():
+                state.update((folder / file).read_bytes())
+        content[name] = state.hexdigest()
+    return content
+
+
+def task_dirs(extra_task_dirs: Iterable[Path] = ()) -> list[Path]:
+    """The project's folder of task files, and then the user's, whose names win."""
+    spec = find_spec("ctdbench_tasks")
+    clone = Path(__file__).resolve().parents[2] / "tasks"
+    own = Path(spec.origin).parent if spec is not None and spec.origin else clone
+    if not (own / "__init__.py").is_file():
+        raise PreflightError(
+            "the task files (package ctdbench_tasks) are missing", "pip install -e ."
+        )
+    extra = [Path(folder).expanduser() for folder in extra_task_dirs]
+    for folder in extra:
+        if not folder.is_dir():
+            raise UserError(
+                f"task folder {folder} does not exist", "give a folder of task YAML files"
+            )
+    return [own, *extra]
+
+
+def task_files(extra_task_dirs: Iterable[Path] = ()) -> dict[str, Path]:
+    """Name of every task and group -> its file."""
+    files = {}
+    for folder in task_dirs(extra_task_dirs):
+        for path in sorted(folder.rglob("*.yaml")):
+            config = _read(path)
+            name = config.get("group") or config.get("task")
+            if isinstance(name, str):
+                files[name] = path
+    return files
+
+
+def task_configs(extra_task_dirs: Iterable[Path] = ()) -> dict[str, Config]:
+    """Name of every task and group -> its YAML, includes merged, functions as plain text."""
+    return {name: _read(path) for name, path in task_files(extra_task_dirs).items()}
+
+
+def leaf_configs(name: str, configs: Mapping[str, Config]) -> Iterator[Config]:
+    """The leaf tasks under a task or group, each as the mapping that lm-eval builds it from."""
+    config = configs[name]
+    if "group" not in config:
+        yield config
+        return
+    structure = {"group", "group_alias", "task", "aggregate_metric_list", "metadata"}
+    common = {key: value for key, value in config.items() if key not in structure}
+    for member in config["task"]:
+        if isinstance(member, str) and member in configs:
+            yield from leaf_configs(member, configs)
+        elif isinstance(member, dict) and "task" in member:
+            yield {**common, **configs.get(member["task"], {}), **member}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads lm-eval's `!function` as the text behind it."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def _read(path: Path, including: tuple[Path, ...] = ()) -> Config:
+    if path in including:
+        raise UserError(f"task file {path} includes itself", "remove the include")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except (OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"task file {path} cannot be read: {reason}", "check its YAML") from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"task file {path} is not a mapping", "a task file starts with `task: NAME`"
+        )
+    merged: Config = {}
+    included = config.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
+        merged |= _read((path.parent / name).resolve(), (*including, path))
+    return merged | config
+
+
+def _canonical(config: Any) -> bytes:
+    return json.dumps(config, sort_keys=True, default=str).encode()
+
+
+def _info(name: str, configs: Mapping[str, Config]) -> TaskInfo:
+    leaves = list(leaf_configs(name, configs))
+    metadata = [leaf.get("metadata") or {} for leaf in leaves]
+    own = configs[name].get("metadata") or {}
+    hub = [
+        source for leaf, data in zip(leaves, metadata, strict=True) for source in _hub(leaf, data)
+    ]
+    embedded = any(data.get("embedded") for data in metadata)
+    files = (
+        [] if embedded else [file for data in metadata for file in data.get("files", {}).values()]
+    )
+    entries = [entry for leaf in leaves for entry in leaf.get("metric_list") or ()]
+    lower = [entry["metric"] for entry in entries if entry.get("higher_is_better") is False]
+    return TaskInfo(
+        name,
+        description=str(own.get("description", "")),
+        kind=str(leaves[0].get("output_type", "generate_until")) if leaves else "",
+        metric=str(own.get("primary") or next((entry["metric"] for entry in entries), "")),
+        needs=own.get("needs") or ("data" if hub else "nothing"),
+        hub=tuple(dict.fromkeys(hub)),
+        files=tuple(files),
+        subsets=tuple(str(leaf["task"]) for leaf in leaves) if "group" in configs[name] else (),
+        lower_is_better=tuple(dict.fromkeys(lower)),
+    )
+
+
+def _hub(leaf: Config, metadata: Config) -> list[str]:
+    source = metadata.get("hub") or leaf.get("dataset_path")
+    return [source] if source and source not in LOCAL_BUILDERS else []
+
+
+def _unknown(name: str, known: Mapping[str, TaskInfo]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=3)
+    tried = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    return UserError(f"unknown task {name!r}", tried)
+
+
+def _require_files(info: TaskInfo, data_dir: Path) -> None:
+    for name in info.files:
+        if not (data_dir / name).is_file():
+            hint = "put the original file there, or leave --data-dir out to use the hub"
+            raise UserError(f"task {info.name}: {data_dir / name} does not exist", hint)
+
+
+def _require_hub(dataset: str, info: TaskInfo) -> None:
+    from huggingface_hub import HfApi, constants
+
+    downloaded = (
+        Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "snapshots"
+    )
+    prepared = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+    if downloaded.is_dir() or (Path(prepared) / dataset.replace("/", "___").lower()).is_dir():
+        return
+    files = f" with {info.files[0]}{' and so on' * (len(info.files) > 1)}" if info.files else ""
+    try:
+        HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # any network or authorisation failure means the same to the user
+        raise PreflightError(
+            f"task {info.name}: data set {dataset} is not in the local cache and the hub cannot be "
+            f"had ({type(error).__name__})",
+            f"check your network, or give a folder{files} by --data-dir",
+        ) from error

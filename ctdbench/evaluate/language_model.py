@@ -1,0 +1,138 @@
+"""lm-eval's view of a model in memory, with everything pinned that it leaves to the tokenizer.
+
+The policy, the same for every model that is compared:
+- the tokenizer's BOS stands in front of every context where it has one, and of nothing else that a
+  tokenizer may add. (HFLM adds what the tokenizer's post-processor happens to add; with BOS added,
+  its rolling log-likelihood scores a second BOS as if it were text.)
+- a document scored from its start is conditioned on BOS, or on EOS where there is no BOS;
+- text that spells a special token is text;
+- log-softmax is in float32, over the columns that have a token;
+- greedy decoding that ignores the model's own generation settings (a repetition penalty, the EOS of
+  another tokenizer), for about as many *bytes* as the task file's tokens are worth at 4 bytes each;
+- no chat template.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import GenerationConfig
+
+BYTES_PER_TOKEN = 4.0  # what `max_gen_toks` in a task file counts on
+DEFAULT_GENERATED_TOKENS = 256
+
+
+class PinnedLM(HFLM):
+    """An HFLM over a loaded causal model and its fast tokenizer; changes neither of them.
+
+    bfloat16: run the forward passes under bf16 autocast (HFLM ignores an outer autocast).
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int, bfloat16: bool = False
+    ) -> None:
+        tokenizer = copy.deepcopy(tokenizer)  # HFLM sets its padding
+        backend = tokenizer.backend_tokenizer
+        self._backend = type(backend).from_str(backend.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            softmax_dtype=torch.float32,
+            mixed_precision_dtype=torch.bfloat16 if bfloat16 else None,
+        )
+        self._columns = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """BOS and the tokens of the text; without BOS for `add_special_tokens=False`."""
+        ids = self._backend.encode(string, add_special_tokens=False).ids
+        bos = [] if add_special_tokens is False else self._bos
+        if left_truncate_len is not None and len(bos) + len(ids) > left_truncate_len:
+            ids = ids[len(ids) - left_truncate_len + len(bos) :]
+        return bos + ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Contexts for generation, padded on the left: ids and attention mask, both [B, L]."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, length - len(row) :] = torch.tensor(row, dtype=torch.long)
+            mask[index, length - len(row) :] = 1
+        return ids, mask
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole documents, in nats; the prefix token itself is not scored."""
+        bos, self._bos = self._bos, []  # HFLM puts its prefix token in front by itself
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._bos = bos
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy generation, with a token budget that is worth the same number of bytes to all."""
+        scale = self._budget_scale([request.args[0] for request in requests])
+        return super().generate_until(
+            [self._with_budget(request, scale) for request in requests], disable_tqdm=disable_tqdm
+        )
+
+    def _budget_scale(self, contexts: Sequence[str]) -> float:
+        total = sum(len(context.encode()) for context in contexts)
+        tokens = sum(
+            len(self.tok_encode(context, add_special_tokens=False)) for context in contexts
+        )
+        return max(1.0, BYTES_PER_TOKEN * tokens / max(total, 1))
+
+    def _with_budget(self, request: Instance, scale: float) -> Instance:
+        context, options = request.args
+        tokens = math.ceil(scale * options.get("max_gen_toks", DEFAULT_GENERATED_TOKENS))
+        budget = {**options, "max_gen_toks": max(1, min(tokens, self.max_length // 2))}
+        return dataclasses.replace(request, arguments=(context, budget))
+
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+        logits: Tensor = super()._model_call(inps, attn_mask, labels)
+        return logits[..., : self._columns]
+
+
+@contextmanager
+def undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Evaluation mode and plain greedy decoding inside; the model's own settings again outside."""
+    training, settings = model.training, getattr(model, "generation_config", None)
+    model.eval()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
+    )
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.generation_config = settings

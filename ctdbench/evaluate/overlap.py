@@ -1,0 +1,102 @@
+"""Whether evaluation items leaked into a training corpus: shared n-grams of words.
+
+Thirteen words are the customary length (GPT-3, arXiv 2005.14165, appendix C). Chinese, Japanese and
+Korean text has no spaces, so each of its characters counts as a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctdbench.evaluate.catalog import leaf_configs, task_configs, task_files
+
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Indices of the items that share an n-gram with the corpus, and of the documents concerned."""
+
+    items: frozenset[int]
+    documents: frozenset[int]
+
+
+def shared_ngrams(items: Iterable[str], corpus: Iterable[str], n: int = 13) -> Overlap:
+    """Which items share n consecutive words (lower-cased, alphanumeric) with which documents.
+
+    The items' n-grams are held in memory, the corpus is read once as a stream; an item of fewer
+    than n words shares nothing. The caller drops the items or the documents, or reports them.
+    """
+    owners: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        for gram in set(_ngrams(item, n)):
+            owners[gram].append(index)
+    found: set[int] = set()
+    documents = []
+    for index, document in enumerate(corpus):
+        shared = owners.keys() & _ngrams(document, n)
+        if shared:
+            documents.append(index)
+            found.update(owner for gram in shared for owner in owners[gram])
+    return Overlap(frozenset(found), frozenset(documents))
+
+
+def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    words = _WORD.findall(text.lower())
+    return zip(*(words[start:] for start in range(n)), strict=False)
+
+
+def task_texts(
+    task: str, data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+) -> list[str]:
+    """The text of every evaluated item of a task or group: question, choices and answer together.
+
+    Loads the data (local files or hub) and runs the task files' Python. The teacher measures and
+    `bpb_heldout` have no items of their own: [].
+    """
+    return [_text(row) for row in task_rows(task, data_dir, extra_task_dirs)]
+
+
+def task_rows(
+    task: str, data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+) -> list[dict[str, Any]]:
+    """The rows of the split that a task evaluates, in the hub's schema; see `task_texts`."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    extra = list(extra_task_dirs)
+    files, configs = task_files(extra), task_configs(extra)
+    if task not in files or configs[task].get("metadata", {}).get("needs") == "heldout":
+        return []
+    rows: list[dict[str, Any]] = []
+    needed = {task, *(leaf["task"] for leaf in leaf_configs(task, configs))} & files.keys()
+    resolved = configs | {name: load_yaml(files[name]) for name in needed}
+    for leaf in leaf_configs(task, resolved):
+        splits = _load(leaf, data_dir)
+        rows += splits[leaf.get("test_split") or leaf["validation_split"]]
+    return rows
+
+
+def _load(leaf: dict[str, Any], data_dir: Path | None) -> Any:
+    from datasets import load_dataset
+
+    arguments = leaf.get("dataset_kwargs") or {}
+    if callable(leaf.get("custom_dataset")):
+        return leaf["custom_dataset"](**{**leaf["metadata"], "data_dir": data_dir}, **arguments)
+    return load_dataset(leaf["dataset_path"], leaf.get("dataset_name"), **arguments)
+
+
+def _text(row: dict[str, Any]) -> str:
+    parts: list[str] = []
+    for value in row.values():
+        parts += [
+            part
+            for part in (value if isinstance(value, list) else [value])
+            if isinstance(part, str)
+        ]
+    return "\n".join(parts)

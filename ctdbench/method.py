@@ -1,0 +1,369 @@
+"""The contract a method fulfils: `Rows`, `Block`, `Term`, `Method`; and `probe` to call one alone.
+
+A method is a loss over an aligned block of two models' predictions. The harness owns everything
+else: data order, optimizer, precision, schedule, budget and memory. So a method never shifts
+labels, never loops over documents and never averages: it returns sums and their counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ctdbench import ops, registry
+from ctdbench.errors import UserError
+from ctdbench.text.vocabulary import ByteTrie
+
+ByteEstimator = Literal["path", "mixed", "beam"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive predictions of one model; row r is the distribution that *predicts* token r.
+
+    The causal shift is already done. R rows, V columns, d channels:
+
+    logits: [R, V] float32, what the model would sample from (soft-capped and scaled, no columns
+        past the vocabulary); gradient flows on the student's side. None where a method asks for none.
+    token: [R] int64, the token that came, -1 where none did.
+    chunk: [R] int64 in 0..C-1; -1 for a row outside every chunk that both sides predict.
+    supervised: [R] bool; prompts and padding are not.
+    document: [R] int64, index of the document in the batch.
+    byte_start, byte_end: [R] int64, span of the token in its document; equal for a special token.
+    hidden: [R, d], the state the logits were read from; None where a method does not ask for it.
+    """
+
+    logits: Tensor | None
+    token: Tensor
+    chunk: Tensor
+    supervised: Tensor
+    document: Tensor
+    byte_start: Tensor
+    byte_end: Tensor
+    hidden: Tensor | None = None
+
+    def scores(self) -> Tensor:
+        """The logits [R, V]; raises TypeError if the method did not ask for them in `needs`."""
+        if self.logits is None:
+            raise TypeError("these rows carry no logits; set Needs(teacher_logits=True)")
+        return self.logits
+
+
+@dataclass(frozen=True)
+class PairTables:
+    """What a pair's two vocabularies say about each other; built once a pair.
+
+    student_vocabulary, teacher_vocabulary: token id -> bytes, b"" for specials and holes.
+    special_pairs: (student id, teacher id) of specials with the same role.
+    student_special, teacher_special: all ids that stand for no bytes of text.
+    projection: (indices [V_S, k] with -1 for none, weights [V_S, k]), or None.
+    """
+
+    student_vocabulary: Sequence[bytes]
+    teacher_vocabulary: Sequence[bytes]
+    special_pairs: tuple[tuple[int, int], ...] = ()
+    student_special: tuple[int, ...] = ()
+    teacher_special: tuple[int, ...] = ()
+    projection: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        student_vocabulary: Sequence[bytes],
+        teacher_vocabulary: Sequence[bytes],
+        special_pairs: Sequence[tuple[int, int]] = (),
+        student_special: Sequence[int] = (),
+        teacher_special: Sequence[int] = (),
+        projection: tuple[Any, Any] | None = None,
+    ) -> PairTables:
+        """Tables from two vocabularies; arrays and lists are taken as they come."""
+        tensors = None
+        if projection is not None:
+            indices, weights = (torch.as_tensor(np.asarray(part)) for part in projection)
+            tensors = (indices.long(), weights.float())
+        pairs = tuple((int(s), int(t)) for s, t in special_pairs)
+        specials = (tuple(map(int, student_special)), tuple(map(int, teacher_special)))
+        return cls(student_vocabulary, teacher_vocabulary, pairs, *specials, tensors)
+
+    @cached_property
+    def student_trie(self) -> ByteTrie:
+        """The student's vocabulary as intervals of byte prefixes."""
+        return ByteTrie(list(self.student_vocabulary))
+
+    @cached_property
+    def teacher_trie(self) -> ByteTrie:
+        """The teacher's vocabulary as intervals of byte prefixes."""
+        return ByteTrie(list(self.teacher_vocabulary))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of chunks of a batch, whole, with the rows of both sides that predict their tokens.
+
+    student, teacher: the rows; `teacher` is None for a method that needs no teacher.
+    chunks: C, the number of chunks in this block.
+    document_chunks: [D] int64, for every document of the batch its number of chunks in the whole
+        batch (of row pairs, for a method that pairs rows): the divisor of a mean per document.
+    pairs: [P, 2] int64, student row and teacher row, for methods that pair rows instead of chunks.
+    bytes: [N, 257] float32, the teacher's distribution of every byte of the block's chunks in
+        order (column 256: the text ends, or with `end_bin` the teacher's token ends).
+    pair: the vocabularies and what is known of them.
+    """
+
+    student: Rows
+    teacher: Rows | None
+    chunks: int
+    document_chunks: Tensor
+    pairs: Tensor | None
+    bytes: Tensor | None
+    pair: PairTables
+
+    def taught(self) -> Rows:
+        """The teacher's rows; raises TypeError if the method did not ask for a teacher."""
+        if self.teacher is None:
+            raise TypeError("this block has no teacher; set Needs(teacher_logits=True)")
+        return self.teacher
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss term as a sum and its count, so that blocks, accumulation and ranks add up exactly.
+
+    total: scalar, differentiable. count: scalar without gradient; it must follow from the block's
+    tokens and chunks alone, never from logits, because the harness divides by the count of the
+    whole global batch before the first gradient is taken.
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the harness.
+
+    teacher_logits: the teacher's logits per row. hidden: the student's states per row.
+    pairing: "chunks" (byte-aligned), or "positions" (k-th supervised token with the k-th).
+    bytes: estimator of the teacher's byte distributions, or None.
+    end_bin: column 256 of `bytes` is the mass of the teacher's token ending (`path` only).
+    skip_last_student_token: leave the student's last supervised token of a document out of the
+        pairs (positions only).
+    """
+
+    teacher_logits: bool = True
+    hidden: bool = False
+    pairing: Literal["chunks", "positions"] = "chunks"
+    bytes: ByteEstimator | None = None
+    end_bin: bool = False
+    skip_last_student_token: bool = False
+
+    @property
+    def teacher(self) -> bool:
+        """Whether any teacher has to run."""
+        return self.teacher_logits or self.bytes is not None
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options: frozen, nothing unknown, every field described."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ce_weight: float = Field(1.0, ge=0, description="Weight of cross-entropy on the student's own tokens.")
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A module trained beside the student and dropped when the student is saved."""
+
+    module: nn.Module
+    learning_rate: float | None = None  # None: the student's
+
+
+class PairInfo(Protocol):
+    """What `Method.modules` may read: sizes of the two models, and the pair's tables."""
+
+    student_width: int
+    teacher_width: int
+    tables: PairTables
+
+
+class Method:
+    """A loss over an aligned block of two models' predictions. Subclass, set `Options`, write `terms`."""
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.options = options
+
+    @property
+    def needs(self) -> Needs:
+        """What the harness has to provide."""
+        return Needs()
+
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each term in the loss; a term not named has weight 1."""
+        return {}
+
+    def modules(self, pair: PairInfo) -> dict[str, Trainable]:
+        """Extra trainable modules, by name."""
+        return {}
+
+    def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
+        """The method's terms on one block."""
+        raise UserError(f"method {type(self).__name__} has no terms()", "write terms(block, modules)")
+
+    def counts(self, block: Block) -> Mapping[str, Tensor] | None:
+        """The terms' counts from a block without logits and states, where they are cheap to tell.
+
+        None (the default): the harness learns them by calling `terms` on rows of zeros.
+        """
+        return None
+
+
+def cross_entropy(rows: Rows) -> Term:
+    """Cross-entropy of the tokens that came, over the supervised rows: sum in nats, and their number."""
+    scored = rows.supervised & (rows.token >= 0)
+    nll = nn.functional.cross_entropy(rows.scores()[scored], rows.token[scored], reduction="sum")
+    return Term(nll, scored.sum())
+
+
+def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method called `name` with these options; raises UserError for an unknown name or option."""
+    method_class = registry.load_method(name)
+    return method_class(registry.validate(method_class.Options, options or {}, f"method.{name}"))
+
+
+def total_loss(method: Method, ce: Term | None, terms: Mapping[str, Term]) -> Tensor:
+    """The loss from whole-batch terms: weighted sum of means; an empty term counts as zero."""
+    weights = method.weights()
+    parts = [weights.get(name, 1.0) * mean(term) for name, term in terms.items()]
+    if ce is not None:
+        parts.append(method.options.ce_weight * mean(ce))
+    return torch.stack(parts).sum()
+
+
+def mean(term: Term) -> Tensor:
+    """total / count, and 0 for an empty term."""
+    return term.total / term.count.clamp(min=1)
+
+
+def probe(
+    name: str | Method,
+    student: Rows,
+    teacher: Rows,
+    pair: PairTables,
+    *,
+    pairs: Any = None,
+    weights: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Evaluate a method on given rows with no model at all.
+
+    student, teacher: rows of both sides; `pairs` [P, 2] for methods that pair rows. `weights`: the
+    tensors of the method's modules, keyed `module.parameter`. Returns every term as its mean, `ce`,
+    and `loss`.
+    """
+    values, loss = _evaluate(name, student, teacher, pair, pairs, weights, options)
+    return {**{key: float(mean(term)) for key, term in values.items()}, "loss": float(loss)}
+
+
+def probe_gradient(
+    name: str | Method,
+    student: Rows,
+    teacher: Rows,
+    pair: PairTables,
+    *,
+    pairs: Any = None,
+    weights: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[dict[str, float], np.ndarray]:
+    """As `probe`, with the gradient of `loss` with respect to the student's logits, [R, V]."""
+    leaf = student.scores().detach().clone().requires_grad_()
+    rows = replace(student, logits=leaf)
+    values, loss = _evaluate(name, rows, teacher, pair, pairs, weights, options)
+    gradient = torch.zeros_like(leaf)
+    if loss.requires_grad:
+        (taken,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        gradient = gradient if taken is None else taken
+    numbers = {key: float(mean(term)) for key, term in values.items()}
+    return {**numbers, "loss": float(loss)}, gradient.numpy()
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    student_width: int
+    teacher_width: int
+    tables: PairTables
+
+
+def _evaluate(
+    name: str | Method,
+    student: Rows,
+    teacher: Rows,
+    pair: PairTables,
+    pairs: Any,
+    weights: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Term], Tensor]:
+    method = create(name, options) if isinstance(name, str) else name
+    block = _block(method, student, teacher, pair, pairs)
+    widths = [0 if rows.hidden is None else rows.hidden.shape[1] for rows in (student, teacher)]
+    modules = {key: extra.module for key, extra in method.modules(_Sizes(*widths, pair)).items()}
+    if weights is not None:
+        state = {key: torch.as_tensor(np.asarray(value)) for key, value in weights.items()}
+        nn.ModuleDict(modules).load_state_dict(state)
+    terms = method.terms(block, modules)
+    ce = cross_entropy(student)
+    return {"ce": ce, **terms}, total_loss(method, ce, terms)
+
+
+def _block(method: Method, student: Rows, teacher: Rows, pair: PairTables, pairs: Any) -> Block:
+    chunks = 1 + int(torch.cat([student.chunk, teacher.chunk, torch.tensor([-1])]).max())
+    documents = 1 + int(student.document.max()) if student.document.numel() else 0
+    if pairs is not None:
+        pairs = torch.as_tensor(np.asarray(pairs)).long().reshape(-1, 2)
+        counted = student.document[pairs[:, 0]]
+    else:
+        counted = _chunk_documents(student, teacher)
+    distributions = None
+    if method.needs.bytes is not None:
+        distributions = _probe_bytes(method.needs, student, teacher, pair)
+    return Block(
+        student=student,
+        teacher=teacher,
+        chunks=chunks,
+        document_chunks=torch.bincount(counted, minlength=documents),
+        pairs=pairs,
+        bytes=distributions,
+        pair=pair,
+    )
+
+
+def _chunk_documents(student: Rows, teacher: Rows) -> Tensor:
+    """The document of every chunk that has rows on both sides, one entry a chunk."""
+    taught = student.chunk[torch.isin(student.chunk, teacher.chunk) & (student.chunk >= 0)]
+    first = {int(chunk): int(doc) for chunk, doc in zip(student.chunk, student.document, strict=True)}
+    return torch.tensor([first[int(chunk)] for chunk in taught.unique()], dtype=torch.long)
+
+
+def _probe_bytes(needs: Needs, student: Rows, teacher: Rows, pair: PairTables) -> Tensor:
+    if needs.bytes == "beam":
+        raise UserError("probe has no model, so it cannot run bytes='beam'", "use bytes='path' or 'mixed'")
+    probabilities = teacher.scores().softmax(-1)
+    return ops.byte_distributions(
+        pair.teacher_trie,
+        probabilities,
+        teacher.token,
+        teacher.byte_end - teacher.byte_start,
+        teacher.document,
+        select=teacher.chunk >= 0,
+        estimator=needs.bytes or "mixed",
+        end_bin=needs.end_bin,
+    )

@@ -1,0 +1,177 @@
+"""Finds methods and pairs by name without importing them.
+
+`list` reads a method file's literal `META = {...}` with `ast`; only a requested method is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ctdbench.errors import UserError
+from ctdbench.spec import PairSpec, check_name
+
+if TYPE_CHECKING:
+    from ctdbench.method import Method
+
+Model = TypeVar("Model", bound=BaseModel)
+GROUP = "ctdbench.methods"
+_plugins: dict[str, Path] = {}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `list` says of a method, and where its code is."""
+
+    name: str
+    file: Path | None
+    meta: Mapping[str, Any]
+    entry_point: metadata.EntryPoint | None = None
+
+
+def methods() -> dict[str, MethodInfo]:
+    """Every method by name: shipped files, entry points, `--plugin` files (later ones win)."""
+    found = {_method_name(path): path for path in sorted(_package_dir("ctdbench_methods").glob("*.py"))}
+    found.pop("--init--", None)
+    infos = {name: MethodInfo(name, path, _meta(path)) for name, path in found.items()}
+    for point in metadata.entry_points(group=GROUP):
+        infos[point.name] = MethodInfo(point.name, None, {"title": point.value}, point)
+    infos.update({name: MethodInfo(name, path, _meta(path)) for name, path in _plugins.items()})
+    return infos
+
+
+def add_plugin(path: Path) -> str:
+    """Register a method file given on the command line; returns the method's name."""
+    if not path.is_file():
+        raise UserError(f"plugin {path} is no file")
+    name = check_name(_method_name(path), "plugin")
+    _plugins[name] = path
+    return name
+
+
+def load_method(name: str) -> type[Method]:
+    """The method class called `name`; raises UserError for an unknown name or a broken plugin."""
+    info = pick(name, methods(), "method")
+    try:
+        if info.entry_point is not None:
+            loaded = info.entry_point.load()
+            return getattr(loaded, "METHOD", loaded)  # type: ignore[no-any-return]
+        module = _import(info)
+        return module.METHOD  # type: ignore[no-any-return]
+    except Exception as error:
+        where = info.file or info.entry_point
+        raise UserError(
+            f"method {name!r} ({where}) cannot be imported: {type(error).__name__}: {error}",
+            "a method file ends in METHOD = YourClass",
+        ) from error
+
+
+def pair_files() -> dict[str, Path]:
+    """Every shipped pair by name."""
+    return {path.stem: path for path in sorted(_package_dir("ctdbench.pairs").glob("*.yaml"))}
+
+
+def load_pair(name: str) -> PairSpec:
+    """The pair called `name`, or the one in the YAML file of that path."""
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else pick(name, pair_files(), "pair")
+    raw = read_yaml(path)
+    raw.setdefault("name", path.stem)
+    return validate(PairSpec, raw, str(path) if is_path else f"pair {name}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; raises UserError naming the file and line of a mistake."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"{path}{line} is no valid YAML: {problem}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of fields, not {type(raw).__name__}")
+    return raw
+
+
+def validate(model: type[Model], raw: Mapping[str, Any], where: str) -> Model:
+    """`raw` as `model`; raises UserError with one line naming the first field at fault."""
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        known = list(model.model_fields)
+        hint = suggestion(field, known) if first["type"] == "extra_forbidden" else ""
+        reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{where}: {field}: {reason}" if field else f"{where}: {reason}", hint) from error
+
+
+Entry = TypeVar("Entry")
+
+
+def pick(name: str, known: Mapping[str, Entry], kind: str) -> Entry:
+    """The entry of that name; raises UserError with the nearest alternatives."""
+    if name not in known:
+        raise UserError(f"unknown {kind} {name!r}", suggestion(name, known))
+    return known[name]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A hint with the nearest names, or with all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"
+
+
+def _package_dir(package: str) -> Path:
+    return Path(str(resources.files(package)))
+
+
+def _method_name(path: Path) -> str:
+    return path.stem.replace("_", "-")
+
+
+def _meta(path: Path) -> Mapping[str, Any]:
+    """The literal META of a method file; empty where there is none or the file does not parse."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "META" for target in node.targets
+        ):
+            try:
+                meta = ast.literal_eval(node.value)
+            except ValueError:
+                return {}
+            return meta if isinstance(meta, dict) else {}
+    return {}
+
+
+def _import(info: MethodInfo) -> Any:
+    path = info.file
+    assert path is not None
+    if info.name not in _plugins:
+        return importlib.import_module(f"ctdbench_methods.{path.stem}")
+    module_name = f"ctdbench_plugin_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    module_spec.loader.exec_module(module)
+    return module

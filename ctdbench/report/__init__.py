@@ -1,0 +1,9 @@
+"""Reports: finished cells as tables. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from ctdbench.report.formats import FORMATS, render
+from ctdbench.report.grouping import comparable
+from ctdbench.report.tables import Column, Row, Score, Table, comparison
+
+__all__ = ["FORMATS", "Column", "Row", "Score", "Table", "comparable", "comparison", "render"]

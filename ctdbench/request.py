@@ -1,0 +1,157 @@
+"""From flags, a config file and `--set` to a checked `RunSpec`; flags win over the file.
+
+Everything but `resolve_options` works without torch, so that a bad request ends at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctdbench import registry
+from ctdbench.errors import UserError
+from ctdbench.spec import EvalSpec, ModelSpec, PairSpec, RunSpec, TrainSpec, parse_bytes
+
+SECTIONS = {"train": "train", "method": "options", "eval": "eval"}  # of --set -> of the file
+FIELDS = ("method", "pair", "seed", "options", "train", "eval")
+Raw = dict[str, Any]
+
+
+def build_spec(
+    flags: Mapping[str, Any],
+    config: Path | None = None,
+    settings: Sequence[str] = (),
+    *,
+    trust_remote_code: bool = False,
+) -> RunSpec:
+    """The cell asked for; its options are still as the user stated them.
+
+    flags: shaped like the config file; a flag that is None was not given. Raises UserError for
+    whatever is unknown or malformed.
+    """
+    raw = _read_config(config) if config else {}
+    for part in (_parse_settings(settings), _given(flags)):
+        raw = _merge(raw, part)
+    for name in ("method", "pair"):
+        if not raw.get(name):
+            raise UserError(f"--{name} is missing", f"ctdbench list {name}s shows the names")
+    registry.pick(str(raw["method"]), registry.methods(), "method")
+    raw["pair"] = _pair(raw["pair"])
+    raw["options"] = _section(raw, "options")
+    raw["train"] = registry.validate(TrainSpec, _section(raw, "train"), "train")
+    raw["eval"] = registry.validate(EvalSpec, _section(raw, "eval"), "eval")
+    return registry.validate(RunSpec, {**raw, "trust_remote_code": trust_remote_code}, "run")
+
+
+def preflight(spec: RunSpec) -> None:
+    """Check within seconds that tasks, data, models and tokenizers can be had.
+
+    Raises UserError for an unknown task or missing file, PreflightError for what cannot be had.
+    """
+    from ctdbench.distill import references
+    from ctdbench.evaluate import check_tasks
+
+    folder = Path(spec.eval.data_dir) if spec.eval.data_dir else None
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--data-dir {folder} is no folder", "give the folder with the tasks' data")
+    parsed = [references.parse(text) for text in references_of(spec.pair)]
+    check_tasks(spec.eval.tasks, folder)
+    for reference in parsed:
+        references.require(reference)
+
+
+def resolve_options(spec: RunSpec) -> RunSpec:
+    """The spec with all of the method's options; imports the method, and with it torch."""
+    method = registry.load_method(spec.method)
+    options = registry.validate(method.Options, spec.options, f"method {spec.method}")
+    return spec.model_copy(update={"options": options.model_dump(mode="json")})
+
+
+def references_of(pair: PairSpec) -> list[str]:
+    """References of all of a pair's models and tokenizers, as the pair states them."""
+    sides: tuple[ModelSpec, ...] = (pair.student, *pair.teachers)
+    stated = [text for side in sides for text in (side.model, side.tokenizer) if text]
+    return list(dict.fromkeys(stated))
+
+
+def listing() -> dict[str, dict[str, str]]:
+    """Titles by name of methods, pairs and tasks; imports no method and runs no task code."""
+    from ctdbench.evaluate import available_tasks
+
+    methods = {name: str(info.meta.get("title", "")) for name, info in registry.methods().items()}
+    pairs = {name: registry.load_pair(name).title for name in registry.pair_files()}
+    tasks = {info.name: info.description for info in available_tasks()}
+    return {"methods": dict(sorted(methods.items())), "pairs": pairs, "tasks": tasks}
+
+
+def bytes_of(text: str, where: str) -> int:
+    """`200kB` -> 200000; raises UserError naming `where`."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _pair(stated: Any) -> PairSpec:
+    """By name or path; or as the mapping that a result's `spec` holds."""
+    if isinstance(stated, dict):
+        return registry.validate(PairSpec, stated, "pair")
+    return registry.load_pair(str(stated))
+
+
+def _read_config(path: Path) -> Raw:
+    raw = registry.read_yaml(path)
+    if raw.pop("trust_remote_code", False):
+        raise UserError(
+            f"{path}: trust_remote_code", "give --trust-remote-code on the command line"
+        )
+    for name in raw:
+        if name not in FIELDS:
+            raise UserError(f"{path}: {name}: no such field", registry.suggestion(name, FIELDS))
+    return raw
+
+
+def _parse_settings(settings: Sequence[str]) -> Raw:
+    parsed: Raw = {}
+    for setting in settings:
+        target, equals, value = setting.partition("=")
+        section, dot, field = target.partition(".")
+        if not (equals and dot and field):
+            raise UserError(f"--set {setting}", "write --set SECTION.FIELD=VALUE")
+        name = registry.pick(section, SECTIONS, "section of --set")
+        parsed.setdefault(name, {})[field] = _scalar(setting, value)
+    return parsed
+
+
+def _scalar(setting: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting}: the value is no valid YAML", "quote it") from error
+
+
+def _given(flags: Mapping[str, Any]) -> Raw:
+    """The flags that were given: those that are not None."""
+    pruned = {
+        name: _given(value) if isinstance(value, Mapping) else value
+        for name, value in flags.items()
+    }
+    return {name: value for name, value in pruned.items() if value not in (None, {})}
+
+
+def _merge(base: Raw, over: Raw) -> Raw:
+    """`over` on top of `base`; train, eval and options field by field."""
+    sections = {
+        name: {**_section(base, name), **over[name]} for name in SECTIONS.values() if name in over
+    }
+    return {**base, **over, **sections}
+
+
+def _section(raw: Raw, name: str) -> Raw:
+    section = raw.get(name) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{name} must hold a mapping of fields, not {section!r}")
+    return section

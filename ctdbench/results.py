@@ -1,0 +1,188 @@
+"""The store: one JSON file a cell, written atomically and last; a cell is complete or absent.
+
+`<store>/<pair>/<method>/<cell id>/result.json`, and beside it `samples/<task>.jsonl`,
+`metrics.jsonl` and `checkpoints/`. The baselines of a pair are cells of the methods `start` (the
+student before training) and `teacher`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
+
+from ctdbench.errors import UserError
+from ctdbench.spec import check_name
+
+if TYPE_CHECKING:
+    import pandas
+
+RESULT_VERSION = 1
+BASELINES = ("teacher", "start")
+Scores = dict[str, dict[str, float | None]]
+
+
+class Cost(TypedDict, total=False):
+    """What a cell took: flops in floating-point operations, the largest resident memory."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    train_seconds: float
+    eval_seconds: float
+    flops: float | None
+    peak_memory_bytes: int | None
+    text_bytes: int
+    student_tokens: int
+    teacher_tokens: int
+    steps: int
+
+
+class Result(TypedDict):
+    """One cell's outcome: task -> metric -> value, null where a number is not finite."""
+
+    version: Literal[1]
+    id: str
+    status: Literal["done", "failed"]
+    spec: dict[str, Any]
+    content: dict[str, str]
+    scores: Scores
+    stderr: Scores
+    cost: Cost
+    provenance: dict[str, Any]
+    notes: list[str]
+
+
+_RESULT = TypeAdapter(Result)
+
+
+def cell_dir(store: Path, pair: str, method: str, cell_id: str) -> Path:
+    """A cell's folder; raises UserError for a name that is no slug or that leaves the store."""
+    named = {"pair": pair, "method": method, "cell": cell_id}
+    folder = store.joinpath(*(check_name(name, kind) for kind, name in named.items()))
+    if not folder.resolve().is_relative_to(store.resolve()):
+        raise UserError(f"{folder} lies outside the store {store}", "remove that link")
+    return folder
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """Write JSON so that `path` holds all of it or what it held before, even after a power cut.
+
+    JSON has no NaN and no infinity: such numbers become null.
+    """
+    _replace(path, json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """As `write_json_atomic`, one line a row."""
+    lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    _replace(path, "".join(line + "\n" for line in lines))
+
+
+def read_result(path: Path) -> Result:
+    """A validated result.json; raises UserError naming the file and what is wrong with it."""
+    hint = f"remove the folder {path.parent} to compute the cell again"
+    try:
+        return _RESULT.validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        reason = f"{field}: {first['msg']}" if field else first["msg"]
+        raise UserError(f"{path} is no valid result: {reason}", hint) from error
+
+
+def finished(folder: Path) -> Result | None:
+    """The result in a cell's folder if the cell is done; None where it is absent or failed."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    result = read_result(path)
+    return result if result["status"] == "done" else None
+
+
+def find(
+    store: Path,
+    *,
+    pair: str | None = None,
+    method: str | None = None,
+    status: Literal["done", "failed"] | None = "done",
+) -> dict[Path, Result]:
+    """Results by cell folder, sorted; None stands for any. Empty where there is no store."""
+    below = check_name(pair, "pair") if pair else "*"
+    below += "/" + (check_name(method, "method") if method else "*")
+    paths = sorted(store.glob(f"{below}/*/result.json"))
+    read = {path.parent: read_result(path) for path in paths}
+    return {folder: result for folder, result in read.items() if status in (None, result["status"])}
+
+
+def load(store: Path) -> pandas.DataFrame:
+    """Every score of the finished cells below `store`, one row per (cell, task, metric).
+
+    Columns: pair, method, seed, cell, task, metric, value, stderr, corpus, budget (bytes), limit,
+    and those of `Cost`.
+    """
+    import pandas
+
+    cells = find(Path(store)).values()
+    rows = [row for result in cells for row in _rows(result)]
+    names = ["pair", "method", "seed", "cell", "task", "metric", "value", "stderr"]
+    columns = [*names, "corpus", "budget", "limit", *Cost.__annotations__]
+    return pandas.DataFrame(rows, columns=columns)
+
+
+def _rows(result: Result) -> Iterator[dict[str, Any]]:
+    spec = result["spec"]
+    train, settings = spec.get("train", {}), spec.get("eval", {})
+    cell = {
+        "pair": spec["pair"]["name"],
+        "method": spec["method"],
+        "seed": spec["seed"],
+        "cell": result["id"],
+        "corpus": train.get("corpus"),
+        "budget": train.get("budget"),
+        "limit": settings.get("limit"),
+        **result["cost"],
+    }
+    for task, metrics in result["scores"].items():
+        errors = result["stderr"].get(task, {})
+        for metric, value in metrics.items():
+            score = {"task": task, "metric": metric, "value": value, "stderr": errors.get(metric)}
+            yield {**cell, **score}
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself lies in the folder, and is only safe once the folder is written out."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

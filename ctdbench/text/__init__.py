@@ -1,0 +1,1 @@
+"""Text as bytes: token bytes, alignment, vocabularies. Nothing here uses torch."""
