@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -175,7 +175,9 @@ class MethodOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ce_weight: float = Field(1.0, ge=0, description="Weight of cross-entropy on the student's own tokens.")
+    ce_weight: float = Field(
+        1.0, ge=0, description="Weight of cross-entropy on the student's own tokens."
+    )
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,9 @@ class Trainable:
     learning_rate: float | None = None  # None: the student's
 
 
-class PairInfo(Protocol):
-    """What `Method.modules` may read: sizes of the two models, and the pair's tables."""
+@dataclass(frozen=True)
+class PairInfo:
+    """What `Method.modules` may read: channels of the two models, and the pair's tables."""
 
     student_width: int
     teacher_width: int
@@ -217,7 +220,9 @@ class Method:
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """The method's terms on one block."""
-        raise UserError(f"method {type(self).__name__} has no terms()", "write terms(block, modules)")
+        raise UserError(
+            f"method {type(self).__name__} has no terms()", "write terms(block, modules)"
+        )
 
     def counts(self, block: Block) -> Mapping[str, Tensor] | None:
         """The terms' counts from a block without logits and states, where they are cheap to tell.
@@ -228,14 +233,14 @@ class Method:
 
 
 def cross_entropy(rows: Rows) -> Term:
-    """Cross-entropy of the tokens that came, over the supervised rows: sum in nats, and their number."""
+    """Cross-entropy of the tokens that came, over the supervised rows: nats, and their number."""
     scored = rows.supervised & (rows.token >= 0)
     nll = nn.functional.cross_entropy(rows.scores()[scored], rows.token[scored], reduction="sum")
     return Term(nll, scored.sum())
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """The method called `name` with these options; raises UserError for an unknown name or option."""
+    """The method called `name`; raises UserError for an unknown name or option."""
     method_class = registry.load_method(name)
     return method_class(registry.validate(method_class.Options, options or {}, f"method.{name}"))
 
@@ -271,7 +276,10 @@ def probe(
     and `loss`.
     """
     values, loss = _evaluate(name, student, teacher, pair, pairs, weights, options)
-    return {**{key: float(mean(term)) for key, term in values.items()}, "loss": float(loss)}
+    return {
+        **{key: float(mean(term).detach()) for key, term in values.items()},
+        "loss": float(loss.detach()),
+    }
 
 
 def probe_gradient(
@@ -292,15 +300,8 @@ def probe_gradient(
     if loss.requires_grad:
         (taken,) = torch.autograd.grad(loss, leaf, allow_unused=True)
         gradient = gradient if taken is None else taken
-    numbers = {key: float(mean(term)) for key, term in values.items()}
-    return {**numbers, "loss": float(loss)}, gradient.numpy()
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    student_width: int
-    teacher_width: int
-    tables: PairTables
+    numbers = {key: float(mean(term).detach()) for key, term in values.items()}
+    return {**numbers, "loss": float(loss.detach())}, gradient.numpy()
 
 
 def _evaluate(
@@ -315,7 +316,10 @@ def _evaluate(
     method = create(name, options) if isinstance(name, str) else name
     block = _block(method, student, teacher, pair, pairs)
     widths = [0 if rows.hidden is None else rows.hidden.shape[1] for rows in (student, teacher)]
-    modules = {key: extra.module for key, extra in method.modules(_Sizes(*widths, pair)).items()}
+    modules = {
+        key: extra.module
+        for key, extra in method.modules(PairInfo(widths[0], widths[1], pair)).items()
+    }
     if weights is not None:
         state = {key: torch.as_tensor(np.asarray(value)) for key, value in weights.items()}
         nn.ModuleDict(modules).load_state_dict(state)
@@ -349,13 +353,17 @@ def _block(method: Method, student: Rows, teacher: Rows, pair: PairTables, pairs
 def _chunk_documents(student: Rows, teacher: Rows) -> Tensor:
     """The document of every chunk that has rows on both sides, one entry a chunk."""
     taught = student.chunk[torch.isin(student.chunk, teacher.chunk) & (student.chunk >= 0)]
-    first = {int(chunk): int(doc) for chunk, doc in zip(student.chunk, student.document, strict=True)}
+    first = {
+        int(chunk): int(doc) for chunk, doc in zip(student.chunk, student.document, strict=True)
+    }
     return torch.tensor([first[int(chunk)] for chunk in taught.unique()], dtype=torch.long)
 
 
 def _probe_bytes(needs: Needs, student: Rows, teacher: Rows, pair: PairTables) -> Tensor:
     if needs.bytes == "beam":
-        raise UserError("probe has no model, so it cannot run bytes='beam'", "use bytes='path' or 'mixed'")
+        raise UserError(
+            "probe has no model, so it cannot run bytes='beam'", "use bytes='path' or 'mixed'"
+        )
     probabilities = teacher.scores().softmax(-1)
     return ops.byte_distributions(
         pair.teacher_trie,

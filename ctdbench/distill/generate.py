@@ -36,7 +36,9 @@ def prompts(seed: int, path: Path = PROMPTS) -> list[tuple[str, str]]:
     shuffled = []
     for kind, entry in kinds.items():
         filled = [text for template in entry["templates"] for text in _fill(template, entry)]
-        order = random.Random(f"{seed}/{kind}")  # by name: a new kind leaves the others' order alone
+        order = random.Random(
+            f"{seed}/{kind}"
+        )  # by name: a new kind leaves the others' order alone
         order.shuffle(filled)
         shuffled.append([(kind, text) for text in filled])
     rounds = itertools.zip_longest(*shuffled)
@@ -71,9 +73,8 @@ def answers(
     with torch.inference_mode():
         output = model.generate(
             **inputs,
-            do_sample=sampling.temperature > 0,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
+            do_sample=False,
+            logits_processor=[_TopKSampler(sampling)],
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -81,6 +82,23 @@ def answers(
     ended = (output == tokenizer.eos_token_id).any(dim=1).tolist()
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
     return list(zip(texts, ended, strict=True))
+
+
+class _TopKSampler:
+    """Draws a token among the `top_k` likeliest and rules out all others.
+
+    The library's own sampler draws over the whole vocabulary, a quarter of a small model's time.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores [B, V] -> 0 at the drawn token, -inf elsewhere."""
+        best = scores.topk(self.sampling.top_k, dim=-1)
+        probabilities = (best.values.float() / self.sampling.temperature).softmax(-1)
+        drawn = best.indices.gather(1, torch.multinomial(probabilities, 1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 def _render(tokenizer: Any, question: str) -> str:
@@ -99,19 +117,33 @@ def generate_corpus(
     An answer that runs in circles, or is nearly empty, is dropped.
     """
     size = 0
-    pending = prompts(sampling.seed)
-    for start in range(0, len(pending), sampling.batch_size):
-        batch = pending[start : start + sampling.batch_size]
-        for (kind, question), (answer, ended) in zip(
-            batch, answers(model, tokenizer, [text for _, text in batch], sampling), strict=True
-        ):
-            text = answer.strip()
-            if len(text) < 80 or _repeats(text):
-                continue
-            size += len(question.encode()) + len(text.encode())
-            yield _document(kind, question, text, complete=ended)
+    for batch in prompt_batches(sampling):
+        for document in answer_batch(model, tokenizer, batch, sampling):
+            size += sum(len(segment["text"].encode("utf-8")) for segment in document["segments"])
+            yield document
         if size >= target_bytes:
             return
+
+
+def prompt_batches(sampling: Sampling) -> list[list[tuple[str, str]]]:
+    """All prompts in the batches they are answered in; a batch's text depends on no other batch."""
+    pending = prompts(sampling.seed)
+    return [
+        pending[start : start + sampling.batch_size]
+        for start in range(0, len(pending), sampling.batch_size)
+    ]
+
+
+def answer_batch(
+    model: Any, tokenizer: Any, batch: Sequence[tuple[str, str]], sampling: Sampling
+) -> list[dict[str, Any]]:
+    """The documents of one batch of (kind, prompt)."""
+    found = answers(model, tokenizer, [text for _, text in batch], sampling)
+    return [
+        _document(kind, question, answer.strip(), complete=ended)
+        for (kind, question), (answer, ended) in zip(batch, found, strict=True)
+        if len(answer.strip()) >= 80 and not _repeats(answer)
+    ]
 
 
 def _document(kind: str, question: str, answer: str, *, complete: bool) -> dict[str, Any]:

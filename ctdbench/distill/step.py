@@ -12,7 +12,7 @@ they are known, over all micro-batches and processes, before the first gradient 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,8 +85,8 @@ class _Sides:
 class _Sums:
     """Every term's total and count over the blocks of a step so far."""
 
-    totals: Counter[str]
-    counts: Counter[str]
+    totals: defaultdict[str, float]
+    counts: defaultdict[str, float]
 
 
 class Step:
@@ -121,7 +121,7 @@ class Step:
         """
         plans = [[] if idle else self._plan(batch) for batch in batches]
         counts = self._reduced(self._counts(batches, plans))
-        sums = _Sums(Counter(), Counter())
+        sums = _Sums(defaultdict(float), defaultdict(float))
         for index, (batch, blocks) in enumerate(zip(batches, plans, strict=True)):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
@@ -142,9 +142,11 @@ class Step:
             return self.method.options.ce_weight
         return self.method.weights().get(name, 1.0)
 
-    def _counts(self, batches: Sequence[Batch], plans: Sequence[list[BlockRows]]) -> dict[str, float]:
+    def _counts(
+        self, batches: Sequence[Batch], plans: Sequence[list[BlockRows]]
+    ) -> dict[str, float]:
         """Every term's count over this process's share."""
-        counts: Counter[str] = Counter({CE: 0.0})  # type: ignore[dict-item]
+        counts: defaultdict[str, float] = defaultdict(float, {CE: 0.0})
         for batch, blocks in zip(batches, plans, strict=True):
             sides = _Sides(batch, pairs_per_document(batch, self.method.needs), None, None, None)
             for rows in blocks:
@@ -165,9 +167,10 @@ class Step:
             return dict(values)
         from accelerate.utils import gather_object
 
-        merged: Counter[str] = Counter()
+        merged: defaultdict[str, float] = defaultdict(float)
         for entry in gather_object([dict(values)]):
-            merged.update(entry)
+            for name, value in entry.items():
+                merged[name] += value
         return dict(merged)
 
     def _micro_batch(
@@ -299,7 +302,9 @@ def _counts_by_terms(step: Step, block: Block) -> dict[str, Tensor]:
         else None,
     )
     if block.teacher is not None and step.teacher is not None:
-        filled = replace(filled, teacher=_zeros(block.teacher, step.teacher.columns, step.teacher.side.width))
+        filled = replace(
+            filled, teacher=_zeros(block.teacher, step.teacher.columns, step.teacher.side.width)
+        )
     terms = step.method.terms(filled, dict(step.network.extra.items()))
     return {name: term.count for name, term in terms.items()}
 
@@ -315,4 +320,6 @@ def _bytes_in(rows: Rows) -> int:
 def _zeros(rows: Rows, columns: int, width: int) -> Rows:
     """The rows with logits and states of zeros that take no memory."""
     zero = torch.zeros(1, 1, device=rows.token.device)
-    return replace(rows, logits=zero.expand(len(rows.token), columns), hidden=zero.expand(-1, width))
+    return replace(
+        rows, logits=zero.expand(len(rows.token), columns), hidden=zero.expand(-1, width)
+    )

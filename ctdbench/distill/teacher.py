@@ -52,7 +52,9 @@ class Teacher:
         hidden: [B * L, d], or None for `beam`, which runs the model by itself.
         """
         if hidden is None:
-            return torch.cat([self._beam(text) for text in batch.texts]).to(batch.student.ids.device)
+            return torch.cat([self._beam(text) for text in batch.texts]).to(
+                batch.student.ids.device
+            )
         side = batch.teacher
         first = batch.first_bytes()
         out = torch.zeros(batch.size, ops.BYTES + 1, device=hidden.device)

@@ -25,7 +25,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import GenerationConfig
+
+from ctdbench.errors import RunError
 
 BYTES_PER_TOKEN = 4.0  # what `max_gen_toks` in a task file counts on
 DEFAULT_GENERATED_TOKENS = 256
@@ -52,7 +56,6 @@ class PinnedLM(HFLM):
             backend="causal",
             tokenizer=tokenizer,
             batch_size=batch_size,
-            softmax_dtype=torch.float32,
             mixed_precision_dtype=torch.bfloat16 if bfloat16 else None,
         )
         self._columns = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -118,9 +121,50 @@ class PinnedLM(HFLM):
         budget = {**options, "max_gen_toks": max(1, min(tokens, self.max_length // 2))}
         return dataclasses.replace(request, arguments=(context, budget))
 
-    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-        logits: Tensor = super()._model_call(inps, attn_mask, labels)
-        return logits[..., : self._columns]
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """(nats of the continuation, is it greedy) of (_, context, continuation), longest first.
+
+        Unlike HFLM's own, this has no logits of the contexts: behind a long passage they are nearly
+        all of [batch, length, vocabulary].
+        """
+        rows = [
+            (context + continuation, len(continuation)) for _, context, continuation in requests
+        ]
+        order = sorted(range(len(rows)), key=lambda index: (-len(rows[index][0]), rows[index]))
+        results = [(0.0, False)] * len(rows)
+        size = override_bs or self.batch_size
+        with tqdm(total=len(rows), desc="Log-likelihoods", disable=disable_tqdm) as bar:
+            for start in range(0, len(rows), size):
+                batch = order[start : start + size]
+                for index, result in zip(batch, self._score([rows[i] for i in batch]), strict=True):
+                    results[index] = result
+                bar.update(len(batch))
+        return results
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Scores of the last `count` tokens of every (tokens, count), in one forward pass."""
+        limit = self.max_length
+        if any(not 0 < count <= limit for _, count in rows):
+            raise RunError(f"a text to score has no token, or more than the context of {limit}")
+        tokens = [torch.tensor(ids[-(limit + 1) :]) for ids, _ in rows]  # cut from the left
+        inputs = pad_sequence([ids[:-1] for ids in tokens], batch_first=True).to(self.device)
+        begins = [len(ids) - 1 - count for ids, (_, count) in zip(tokens, rows, strict=True)]
+        first, dtype = min(begins), self.mixed_precision_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits = self.model(inputs, logits_to_keep=inputs.shape[1] - first).logits
+        results = []
+        for row, ids, begin in zip(logits, tokens, begins, strict=True):
+            target = ids[begin + 1 :].to(self.device)
+            scored = row[begin - first :][: len(target), : self._columns].float().log_softmax(-1)
+            nats = scored.gather(1, target[:, None]).sum()
+            results.append((float(nats), bool((scored.argmax(-1) == target).all())))
+        return results
 
 
 @contextmanager

