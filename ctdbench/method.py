@@ -31,7 +31,7 @@ class Rows:
     The causal shift is already done. R rows, V columns, d channels:
 
     logits: [R, V] float32, what the model would sample from (soft-capped and scaled, no columns
-        past the vocabulary); gradient flows on the student's side. None where a method asks for none.
+        past the vocabulary); gradient flows on the student's side. None where no one asked.
     token: [R] int64, the token that came, -1 where none did.
     chunk: [R] int64 in 0..C-1; -1 for a row outside every chunk that both sides predict.
     supervised: [R] bool; prompts and padding are not.
@@ -198,7 +198,10 @@ class PairInfo:
 
 
 class Method:
-    """A loss over an aligned block of two models' predictions. Subclass, set `Options`, write `terms`."""
+    """A loss over an aligned block of two models' predictions.
+
+    Subclass it, set `Options`, write `terms`.
+    """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 

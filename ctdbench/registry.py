@@ -118,7 +118,8 @@ def validate(model: type[Model], raw: Mapping[str, Any], where: str) -> Model:
         field = ".".join(str(part) for part in first["loc"])
         known = list(model.model_fields)
         hint = suggestion(field, known) if first["type"] == "extra_forbidden" else ""
-        reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
+        reason = "no such field" if first["type"] == "extra_forbidden" else message
         raise UserError(
             f"{where}: {field}: {reason}" if field else f"{where}: {reason}", hint
         ) from error

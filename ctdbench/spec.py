@@ -27,7 +27,7 @@ def parse_bytes(value: Any) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?b?)\s*", str(value), flags=re.IGNORECASE)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{value!r} is no amount of bytes such as 200kB or 1.5MB")
-    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    size = round(float(match[1]) * _UNITS[match[2].lower()])
     if size <= 0:
         raise ValueError("must be more than 0 bytes")
     return size

@@ -47,6 +47,7 @@ from ctdbench.method import (
 )
 
 META = {
+    "row": "bytes",
     "title": "BLD: byte-level distillation through extra byte heads",
     "paper": "2604.07466",
     "year": 2026,

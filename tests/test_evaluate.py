@@ -96,7 +96,7 @@ class TestBitsPerByte:
         context, short, long = list(range(2, 200)), [5, 6, 7], [9, 8, 7, 6, 5]
         requests = [("", context, short), ("", context, long), ("", [3], [4])]
         scores = model._loglikelihood_tokens(requests, disable_tqdm=True)
-        assert shapes == [7, 1]  # the rows from the first scored one on
+        assert shapes == [1, 5, 1]  # the context read once, its continuations, the third request
         expected = [bits(MODEL, c + t, len(t), len(TOKENIZER)) for _, c, t in requests]
         assert [-nats / math.log(2) for nats, _ in scores] == pytest.approx(expected, rel=1e-4)
 

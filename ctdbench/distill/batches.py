@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,15 @@ class SideBatch:
     """One side of a batch of B documents, padded on the right to length L.
 
     ids, mask: [B, L] int64. The other fields describe the R rows (predictions) in document order:
-    position [R] is the row's place in the states flattened to [B * L, d]; the rest as in `Rows`.
+    position [R] is the row's place in the states flattened to [B * L, d]; rank [R] how many
+    supervised tokens of the document come before the row's token, predicted or not; the rest as in
+    `Rows`.
     """
 
     ids: Tensor
     mask: Tensor
     position: Tensor
+    rank: Tensor
     token: Tensor
     chunk: Tensor
     supervised: Tensor
@@ -118,6 +122,7 @@ def _side(sides: Sequence[AlignedSide], first_chunk: IntArray, pad: int) -> Side
         ids,
         mask,
         document * length + column,
+        _joined([np.cumsum(side.supervised) - side.supervised for side in sides]),
         _joined([side.sequence.ids for side in sides]),
         np.where(chunk >= 0, chunk + first_chunk[document], -1),
         _joined([side.supervised for side in sides]),
@@ -165,7 +170,7 @@ def _chunk_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[Blo
         rows[1], ends[1] = rows[1][:0], torch.zeros_like(ends[1])
     starts = [0, *_cuts((ends[0] + ends[1]).cpu().numpy(), block_rows)]
     blocks: list[BlockRows] = []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         student, teacher = (
             row[(int(last[start - 1]) if start else 0) : int(last[end - 1])]
             for row, last in zip(rows, ends, strict=True)
@@ -200,20 +205,22 @@ def _pair_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[Bloc
 
 
 def position_pairs(batch: Batch, skip_last_student_token: bool) -> Tensor:
-    """[P, 2] rows: the k-th supervised student row with the k-th of the teacher, per document."""
-    sides = []
-    for side, skip in ((batch.student, skip_last_student_token), (batch.teacher, False)):
+    """[P, 2] rows of a document's k-th supervised tokens on both sides, where both predict it.
+
+    A first token without BOS has no row, so its partner has no pair and no later one moves up.
+    """
+    sides, starts, stops = [], [], []
+    for side, left_out in ((batch.student, int(skip_last_student_token)), (batch.teacher, 0)):
         rows = side.supervised.nonzero()[:, 0]
-        document = side.document[rows]
-        if skip and len(rows):
-            last = torch.ones_like(document, dtype=torch.bool)
-            last[:-1] = document[1:] != document[:-1]
-            rows, document = rows[~last], document[~last]
-        counts = torch.bincount(document, minlength=len(batch.document_chunks))
-        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[document]
-        sides.append((rows, document, rank, counts))
-    shorter = torch.minimum(sides[0][3], sides[1][3])
-    kept = [rows[rank < shorter[document]] for rows, document, rank, _ in sides]
+        document, rank = side.document[rows], side.rank[rows]
+        none = rank.new_zeros(len(batch.document_chunks))
+        starts.append(none.scatter_reduce(0, document, rank, "amin", include_self=False))
+        stops.append(none.scatter_reduce(0, document, rank + 1, "amax") - left_out)
+        sides.append((rows, document, rank))
+    start, stop = torch.maximum(*starts), torch.minimum(*stops)
+    kept = [
+        rows[(rank >= start[document]) & (rank < stop[document])] for rows, document, rank in sides
+    ]
     return torch.stack(kept, dim=1)
 
 

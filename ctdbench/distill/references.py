@@ -45,7 +45,8 @@ def parse(text: str) -> Reference:
     kind, separator, rest = text.partition(":")
     if not separator or kind not in get_args(Kind) or not rest:
         raise UserError(
-            f"reference {text!r} is none of hub:ORG/NAME[@REVISION], dir:PATH, wheel:DISTRIBUTION/FILE"
+            f"reference {text!r} has none of the known forms",
+            "write hub:ORG/NAME[@REVISION], dir:PATH or wheel:DISTRIBUTION/FILE",
         )
     if kind == "dir":
         return Reference(text, "dir", rest)

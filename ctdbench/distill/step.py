@@ -12,6 +12,7 @@ they are known, over all micro-batches and processes, before the first gradient 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from ctdbench.distill.batches import (
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
 from ctdbench.errors import RunError
-from ctdbench.method import Block, Method, PairTables, Rows, Term, cross_entropy
+from ctdbench.method import Block, Method, PairTables, Rows, cross_entropy
 
 CE = "ce"
 
@@ -72,11 +73,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _Sides:
-    """What the blocks of one micro-batch are cut from; the states are detached."""
+    """What the blocks of one micro-batch are cut from; `teacher` are its states [B * L, d]."""
 
     batch: Batch
     per_document: Tensor
-    student: Tensor | None
     teacher: Tensor | None
     bytes: Tensor | None
 
@@ -128,9 +128,11 @@ class Step:
                 self._micro_batch(batch, blocks, counts, sums)
         _check_counts(counts, self._reduced(sums.counts))
         terms = self._reduced(dict.fromkeys(counts, 0.0) | dict(sums.totals))
-        means = {name: total / max(counts[name], 1e-12) for name, total in terms.items()}
+        means = {
+            name: total / counts[name] if counts[name] else 0.0 for name, total in terms.items()
+        }
         loss = sum(self._weight(name) * value for name, value in means.items())
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise RunError(f"the loss is not finite ({means})", "lower train.learning_rate")
         return StepReport(loss, means)
 
@@ -148,7 +150,7 @@ class Step:
         """Every term's count over this process's share."""
         counts: defaultdict[str, float] = defaultdict(float, {CE: 0.0})
         for batch, blocks in zip(batches, plans, strict=True):
-            sides = _Sides(batch, pairs_per_document(batch, self.method.needs), None, None, None)
+            sides = self._sides(batch, run_teacher=False)
             for rows in blocks:
                 block = self._block(sides, rows, None)
                 supervised = block.student.supervised & (block.student.token >= 0)
@@ -159,7 +161,23 @@ class Step:
 
     def _block_counts(self, block: Block) -> Mapping[str, Tensor]:
         counts = self.method.counts(block)
-        return _counts_by_terms(self, block) if counts is None else counts
+        return self._counts_by_terms(block) if counts is None else counts
+
+    @torch.no_grad()
+    def _counts_by_terms(self, block: Block) -> dict[str, Tensor]:
+        """Counts of a method that does not tell them: its terms on rows of zeros."""
+        needs, rows = self.method.needs, block.student
+        hidden = _zeros(rows, _width(self.network)) if needs.hidden else None
+        student = replace(rows, logits=_zeros(rows, self.network.columns), hidden=hidden)
+        teacher, distributions = block.teacher, None
+        if teacher is not None and self.teacher is not None:
+            teacher = replace(teacher, logits=_zeros(teacher, self.teacher.columns))
+        if needs.bytes is not None:
+            shape = (_bytes_in(rows), ops.BYTES + 1)
+            distributions = torch.full(shape, 1 / shape[1], device=rows.token.device)
+        filled = replace(block, student=student, teacher=teacher, bytes=distributions)
+        terms = self.method.terms(filled, dict(self.network.extra.items()))
+        return {name: term.count for name, term in terms.items()}
 
     def _reduced(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over all processes; every process knows every name."""
@@ -179,10 +197,10 @@ class Step:
         """One forward of both bodies, the blocks, one backward."""
         with autocast(batch.student.ids.device, self.precision):
             hidden = self.wrapped(batch.student.ids, batch.student.mask)
-        sides = self._sides(batch, hidden.detach())
         head = self.network.head_parameters()
         hidden_grad = torch.zeros_like(hidden)
         head_grads = [torch.zeros_like(parameter) for parameter in head]
+        sides = self._sides(batch, run_teacher=bool(blocks))
         for rows in blocks:
             leaf = hidden.detach()[batch.student.position[rows.student]].requires_grad_()
             loss = self._block_loss(sides, rows, leaf, counts, sums)
@@ -195,20 +213,19 @@ class Step:
         surrogate = (hidden * hidden_grad).sum()
         for parameter, gradient in zip(head, head_grads, strict=True):
             surrogate = surrogate + (parameter * gradient).sum()
-        self.accelerator.backward(surrogate)
+        surrogate.backward()  # type: ignore[no-untyped-call]
 
-    def _sides(self, batch: Batch, student: Tensor) -> _Sides:
+    def _sides(self, batch: Batch, *, run_teacher: bool) -> _Sides:
         needs = self.method.needs
         hidden = distributions = None
-        if needs.teacher:
+        if needs.teacher and run_teacher:
             assert self.teacher is not None
             if needs.teacher_logits or needs.bytes != "beam":
                 hidden = self.teacher.hidden(batch.teacher)
             if needs.bytes is not None:
                 live = None if needs.bytes == "beam" else hidden
                 distributions = self.teacher.byte_distributions(batch, live, needs)
-        per_document = pairs_per_document(batch, needs)
-        return _Sides(batch, per_document, student, hidden, distributions)
+        return _Sides(batch, pairs_per_document(batch, needs), hidden, distributions)
 
     def _block_loss(
         self,
@@ -235,13 +252,13 @@ class Step:
     def _block(self, sides: _Sides, rows: BlockRows, leaf: Tensor | None) -> Block:
         """The block; without states (leaf None) it carries no logits, for counting."""
         needs, batch = self.method.needs, sides.batch
-        student = _rows(batch.student, rows.student, rows.first_chunk)
+        student = _rows(batch.student, rows.student, rows)
         if leaf is not None:
             hidden = leaf if needs.hidden else None
             student = replace(student, logits=self.network.logits(leaf), hidden=hidden)
         teacher = None
         if needs.teacher_logits:
-            teacher = _rows(batch.teacher, rows.teacher, rows.first_chunk)
+            teacher = _rows(batch.teacher, rows.teacher, rows)
             if sides.teacher is not None and self.teacher is not None:
                 states = sides.teacher[batch.teacher.position[rows.teacher]]
                 teacher = replace(teacher, logits=self.teacher.logits(states))
@@ -259,13 +276,13 @@ class Step:
         )
 
 
-def _rows(side: SideBatch, index: Tensor, first_chunk: int) -> Rows:
-    """The named rows, without logits; chunk ids start at 0."""
-    chunk = side.chunk[index]
+def _rows(side: SideBatch, index: Tensor, block: BlockRows) -> Rows:
+    """The named rows, without logits; the block's chunks are numbered from 0."""
+    chunk = side.chunk[index] - block.first_chunk
     return Rows(
         logits=None,
         token=side.token[index],
-        chunk=torch.where(chunk >= 0, chunk - first_chunk, -1),
+        chunk=torch.where((chunk >= 0) & (chunk < block.chunks), chunk, -1),
         supervised=side.supervised[index],
         document=side.document[index],
         byte_start=side.byte_start[index],
@@ -282,31 +299,13 @@ def _byte_places(batch: Batch, rows: Rows) -> Tensor:
 
 def _check_counts(expected: Mapping[str, float], seen: Mapping[str, float]) -> None:
     """What was divided by is what `terms` said; a method that counts by its logits is refused."""
-    for name, count in seen.items():
-        if abs(count - expected.get(name, 0.0)) > 1e-4 * (1 + abs(count)):
+    for name in expected.keys() | seen.keys():
+        told, found = expected.get(name, 0.0), seen.get(name, 0.0)
+        if abs(found - told) > 1e-4 * (1 + abs(found)):
             raise RunError(
-                f"method term {name!r} counts {count:g} in terms() but {expected.get(name, 0.0):g} in advance",
+                f"method term {name!r} counts {found:g} in terms() but {told:g} in advance",
                 "a count must follow from tokens and chunks alone, and counts() must agree",
             )
-
-
-@torch.no_grad()
-def _counts_by_terms(step: Step, block: Block) -> dict[str, Tensor]:
-    """Counts of a method that does not tell them: its terms on rows of zeros."""
-    device = block.student.token.device
-    filled = replace(
-        block,
-        student=_zeros(block.student, step.network.columns, _width(step.network)),
-        bytes=torch.full((_bytes_in(block.student), ops.BYTES + 1), 1 / 257, device=device)
-        if step.method.needs.bytes
-        else None,
-    )
-    if block.teacher is not None and step.teacher is not None:
-        filled = replace(
-            filled, teacher=_zeros(block.teacher, step.teacher.columns, step.teacher.side.width)
-        )
-    terms = step.method.terms(filled, dict(step.network.extra.items()))
-    return {name: term.count for name, term in terms.items()}
 
 
 def _width(network: Network) -> int:
@@ -317,9 +316,6 @@ def _bytes_in(rows: Rows) -> int:
     return int(torch.where(rows.chunk >= 0, rows.byte_end - rows.byte_start, 0).sum())
 
 
-def _zeros(rows: Rows, columns: int, width: int) -> Rows:
-    """The rows with logits and states of zeros that take no memory."""
-    zero = torch.zeros(1, 1, device=rows.token.device)
-    return replace(
-        rows, logits=zero.expand(len(rows.token), columns), hidden=zero.expand(-1, width)
-    )
+def _zeros(rows: Rows, columns: int) -> Tensor:
+    """[R, columns] zeros that take no memory."""
+    return torch.zeros(1, 1, device=rows.token.device).expand(len(rows.token), columns)

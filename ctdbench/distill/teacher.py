@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import os
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,7 @@ from ctdbench.distill.batches import Batch, SideBatch
 from ctdbench.distill.byte_beam import beam_distributions
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import autocast
+from ctdbench.errors import UserError
 from ctdbench.method import Needs
 from ctdbench.text.vocabulary import ByteTrie
 
@@ -56,6 +57,9 @@ class Teacher:
                 batch.student.ids.device
             )
         side = batch.teacher
+        # A template's token ends for sure, whatever bytes it has: `mixed` must not lengthen it.
+        in_text = (side.byte_end > side.byte_start) | (side.chunk >= 0)
+        token = torch.where(in_text, side.token, -1)
         first = batch.first_bytes()
         out = torch.zeros(batch.size, ops.BYTES + 1, device=hidden.device)
         for start in range(0, len(side.position), ROWS_AT_A_TIME):
@@ -67,7 +71,7 @@ class Teacher:
             found = ops.byte_distributions(
                 self.trie,
                 self.logits(hidden[side.position[rows]]).softmax(-1),
-                side.token[rows],
+                token[rows],
                 width,
                 side.document[rows],
                 select=wanted,
@@ -85,10 +89,15 @@ class Teacher:
         path = references.cache_dir() / "beam" / f"{key}.safetensors"
         if path.is_file():
             return load_file(path)["bytes"]
-        bos: list[int] = [] if self.side.specials.bos is None else [self.side.specials.bos]
-        rows: Any = beam_distributions(self.side.model, self.trie, text, bos)
+        bos = self.side.specials.bos
+        if bos is None:
+            raise UserError(
+                "method.bytes: beam needs a teacher whose tokenizer has a BOS token",
+                "use method.bytes=mixed",
+            )
+        rows = beam_distributions(self.side.model, self.trie, text, [bos])
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"bytes": rows.contiguous()}, temporary)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"bytes": rows}, temporary)
         temporary.replace(path)
-        return rows  # type: ignore[no-any-return]
+        return rows

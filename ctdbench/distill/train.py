@@ -23,8 +23,9 @@ from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.step import Network, Step
 from ctdbench.distill.teacher import Teacher
-from ctdbench.errors import UserError
+from ctdbench.errors import RunError, UserError
 from ctdbench.method import Method, PairInfo, PairTables, Trainable
+from ctdbench.results import write_jsonl_atomic
 from ctdbench.spec import RunSpec
 
 METRICS = "metrics.jsonl"
@@ -99,17 +100,15 @@ def train(
     """Train the pair's student, resuming from the newest checkpoint under `folder`.
 
     Raises UserError if the corpus is too small or leaves no usable document, RunError if the loss
-    stops being finite.
+    or its gradient stops being finite.
     """
     examples, skipped = _examples(spec, setting)
     batches = list(_global_batches(examples, spec.train.batch_documents))
     network, optimizer = build_network(spec, setting)
-    network.eval()  # no dropout: a gradient is the loss's, and a resumed run ends in the same numbers
-    state = checkpoint.load(folder / CHECKPOINTS, network, optimizer) or {}
-    done = Progress(**{name: state.get(name, value) for name, value in asdict(Progress()).items()})
-    wrapped = accelerator.prepare(network.to(accelerator.device))
+    network.to(accelerator.device).eval()  # no dropout: a resumed run ends in the same numbers
+    done = Progress(**(checkpoint.load(folder / CHECKPOINTS, network, optimizer) or {}))
     step = Step(
-        wrapped,
+        accelerator.prepare(network),
         setting.teacher,
         setting.method,
         setting.tables,
@@ -164,12 +163,14 @@ class _Loop:
 
     def _optimise(self, examples: list[Example]) -> dict[str, float]:
         started = time.monotonic()
+        # What a method draws at random depends on the step alone, so a resumed run draws the same.
+        torch.manual_seed(derived_seed("step", self.spec.seed, self.done.step))
         micro_batches, idle = self._share(examples)
         report = self.step.gradients(micro_batches, idle=idle)
+        self._clip()
         scale = schedule(self.done.step, self.steps, self.spec.train.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * scale
-            torch.nn.utils.clip_grad_norm_(group["clip_with"], self.spec.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done.step += 1
@@ -178,6 +179,13 @@ class _Loop:
         self.done.teacher_tokens += sum(len(example.teacher.chunk) for example in examples)
         self.done.seconds += time.monotonic() - started
         return {"loss": report.loss, **report.terms}
+
+    def _clip(self) -> None:
+        """Clip the student as a whole and every extra module by itself."""
+        for part in (self.step.network.model, *self.step.network.extra.values()):
+            norm = torch.nn.utils.clip_grad_norm_(part.parameters(), self.spec.train.clip)
+            if not torch.isfinite(norm):
+                raise RunError("the gradient is not finite", "lower train.learning_rate")
 
     def _share(self, examples: list[Example]) -> tuple[list[Batch], bool]:
         """This process's micro-batches; a process without a document borrows one and is idle."""
@@ -198,7 +206,7 @@ class _Loop:
             if self.accelerator.is_main_process:
                 folder = self.folder / CHECKPOINTS
                 network = self.step.network
-                checkpoint.save(folder, self.done.step, network, self.optimizer, asdict(self.done))
+                checkpoint.save(folder, network, self.optimizer, asdict(self.done))
             self.accelerator.wait_for_everyone()
 
 
@@ -209,9 +217,8 @@ class _Metrics:
         self.path = path
         self.active = active
         if active:
-            path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            path.write_text("".join(line + "\n" for line in lines[:step]), encoding="utf-8")
+            write_jsonl_atomic(path, map(json.loads, lines[:step]))
 
     def write(self, values: dict[str, Any]) -> None:
         if self.active:
@@ -253,11 +260,10 @@ def extra_modules(spec: RunSpec, setting: Setting) -> dict[str, Trainable]:
 
 
 def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) -> torch.optim.AdamW:
-    """AdamW with groups for body, embeddings, and every extra module; each group is clipped with
-    the parameters it belongs to: the student as a whole, an extra module by itself."""
+    """AdamW with one group for the body, one for embeddings and head, one for each extra module."""
     settings = spec.train
     rate = settings.learning_rate or spec.pair.learning_rate
-    moved = spec.pair.student.tokenizer is not None
+    moved = spec.pair.student.tokenizer not in (None, spec.pair.student.model)
     table_rate = settings.embedding_learning_rate or (10 * rate if moved else rate)
     inner = models.base_model(network.model)
     tables = {
@@ -266,16 +272,13 @@ def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) ->
         for p in m.parameters()
     }
     student = [p for p in network.model.parameters() if p.requires_grad]
-    body = [p for p in student if id(p) not in tables]
     groups = [
-        {"params": body, "lr": rate, "clip_with": student},
-        {"params": [p for p in student if id(p) in tables], "lr": table_rate, "clip_with": []},
+        ([p for p in student if id(p) not in tables], rate),
+        ([p for p in student if id(p) in tables], table_rate),
+        *((list(e.module.parameters()), e.learning_rate or rate) for e in extras.values()),
     ]
-    for extra in extras.values():
-        own = list(extra.module.parameters())
-        groups.append({"params": own, "lr": extra.learning_rate or rate, "clip_with": own})
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    filled = [{"params": params, "lr": peak} for params, peak in groups if params]
+    return torch.optim.AdamW(filled, weight_decay=settings.weight_decay)
 
 
 def _examples(spec: RunSpec, setting: Setting) -> tuple[list[Example], dict[str, int]]:
@@ -297,7 +300,7 @@ def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Exa
 def _report(
     done: Progress, setting: Setting, network: Network, skipped: dict[str, int]
 ) -> TrainReport:
-    """FLOPs: 6 x parameters x tokens for the student, 2 x for a teacher that ran (Kaplan et al.)."""
+    """FLOPs (Kaplan et al.): 6 x parameters x tokens for the student, 2 x for a live teacher."""
     student = sum(p.numel() for p in network.model.parameters())
     teacher = sum(p.numel() for p in setting.teacher.side.model.parameters())
     flops = 6.0 * student * done.student_tokens

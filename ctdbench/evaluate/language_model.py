@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,8 @@ from ctdbench.errors import RunError
 
 BYTES_PER_TOKEN = 4.0  # what `max_gen_toks` in a task file counts on
 DEFAULT_GENERATED_TOKENS = 256
+SHARED_CONTEXT = 128  # tokens from which reading a context once beats batching over items
+Scored = tuple[list[int], int]  # tokens, and how many of the last ones are scored
 
 
 class PinnedLM(HFLM):
@@ -127,37 +130,57 @@ class PinnedLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """(nats of the continuation, is it greedy) of (_, context, continuation), longest first.
+        """(nats of the continuation, is it greedy) of (_, context, continuation), in order.
 
-        Unlike HFLM's own, this has no logits of the contexts: behind a long passage they are nearly
-        all of [batch, length, vocabulary].
+        Unlike HFLM's own, this reads a long context once for all continuations (the choices behind
+        an exam's passage), and never has logits of a context.
         """
         rows = [
             (context + continuation, len(continuation)) for _, context, continuation in requests
         ]
-        order = sorted(range(len(rows)), key=lambda index: (-len(rows[index][0]), rows[index]))
-        results = [(0.0, False)] * len(rows)
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, _) in enumerate(requests):
+            alike[tuple(context)].append(index)
+        jobs, single = [], []
+        for prefix, indices in alike.items():
+            fits = max(len(rows[index][0]) for index in indices) <= self.max_length + 1
+            if len(indices) > 1 and len(prefix) >= SHARED_CONTEXT and fits:
+                jobs.append((indices, len(prefix) - 1))
+            else:
+                single += indices
+        single.sort(key=lambda index: (-len(rows[index][0]), rows[index], index))
         size = override_bs or self.batch_size
+        jobs += [(single[at : at + size], 0) for at in range(0, len(single), size)]
+        return self._run(jobs, rows, disable_tqdm)
+
+    def _run(
+        self, jobs: Sequence[tuple[list[int], int]], rows: Sequence[Scored], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        results = [(0.0, False)] * len(rows)
         with tqdm(total=len(rows), desc="Log-likelihoods", disable=disable_tqdm) as bar:
-            for start in range(0, len(rows), size):
-                batch = order[start : start + size]
-                for index, result in zip(batch, self._score([rows[i] for i in batch]), strict=True):
-                    results[index] = result
-                bar.update(len(batch))
+            for indices, shared in jobs:
+                scores = self._score([rows[index] for index in indices], shared)
+                for index, score in zip(indices, scores, strict=True):
+                    results[index] = score
+                bar.update(len(indices))
         return results
 
     @torch.no_grad()
-    def _score(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Scores of the last `count` tokens of every (tokens, count), in one forward pass."""
+    def _score(self, rows: Sequence[Scored], shared: int) -> list[tuple[float, bool]]:
+        """Scores of every row's last tokens; the first `shared`, alike in all, are read once."""
         limit = self.max_length
         if any(not 0 < count <= limit for _, count in rows):
             raise RunError(f"a text to score has no token, or more than the context of {limit}")
-        tokens = [torch.tensor(ids[-(limit + 1) :]) for ids, _ in rows]  # cut from the left
+        tokens = [
+            torch.tensor(ids[-(limit + 1) :])[shared:] for ids, _ in rows
+        ]  # cut from the left
         inputs = pad_sequence([ids[:-1] for ids in tokens], batch_first=True).to(self.device)
         begins = [len(ids) - 1 - count for ids, (_, count) in zip(tokens, rows, strict=True)]
         first, dtype = min(begins), self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = self.model(inputs, logits_to_keep=inputs.shape[1] - first).logits
+            cache = self._read(rows[0][0][:shared], len(rows)) if shared else None
+            keep = inputs.shape[1] - first
+            logits = self.model(inputs, past_key_values=cache, logits_to_keep=keep).logits
         results = []
         for row, ids, begin in zip(logits, tokens, begins, strict=True):
             target = ids[begin + 1 :].to(self.device)
@@ -165,6 +188,13 @@ class PinnedLM(HFLM):
             nats = scored.gather(1, target[:, None]).sum()
             results.append((float(nats), bool((scored.argmax(-1) == target).all())))
         return results
+
+    def _read(self, ids: list[int], copies: int) -> Any:
+        """The key-value cache after these tokens, once for every row to come."""
+        inputs = torch.tensor([ids], device=self.device)
+        cache = self.model(inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(copies)
+        return cache
 
 
 @contextmanager

@@ -9,19 +9,22 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging as hf_logging
 
 from ctdbench import __version__, registry, results
 from ctdbench.distill import models, references, train
-from ctdbench.distill.corpus import Corpus, load_corpus
+from ctdbench.distill.corpus import Corpus, load_corpus, training_order
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.teacher import Teacher
@@ -38,7 +41,6 @@ from ctdbench.spec import ModelSpec, RunSpec, TrainSpec
 
 ENGINE_VERSION = 1  # raised when a change to the engine changes numbers
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "lm-eval", "datasets", "tokenizers")
-SEQUENCE_LEVEL = "the corpus is the teacher's own text: sft here is sequence-level distillation"
 
 
 def run_cell(
@@ -49,83 +51,111 @@ def run_cell(
     The baselines `start` and `teacher` are evaluated once a pair and evaluation settings. Raises
     UserError and its kin; a run that failed after its start leaves a result with status "failed".
     """
-    if len(spec.pair.teachers) != 1:
-        raise UserError(f"pair {spec.pair.name}: teachers: one teacher is supported", "name one")
-    _check_method(spec)
-    corpus = load_corpus(spec.train.corpus, data_dir)
-    cell = Cell(spec, store, corpus, data_dir, progress)
+    corpus, notes = decontaminated(load_corpus(spec.train.corpus, data_dir), spec, data_dir)
+    cell = Cell(spec, store, corpus, data_dir, notes)
     found = results.finished(cell.folder)
     if found is not None:
         return {**found, "was_done": True}
-    for method in results.BASELINES:
-        baseline(cell, method)
-    return {**cell.run(), "was_done": False}
+    _check(spec, corpus)
+    accelerator = Accelerator()
+    hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
+    pair = LoadedPair(spec, accelerator.device)
+    if accelerator.is_main_process:
+        for method in results.BASELINES:
+            _baseline(cell, method, pair, progress=progress)
+    accelerator.wait_for_everyone()
+    return {**cell.run(pair, accelerator, progress=progress), "was_done": False}
+
+
+def _check(spec: RunSpec, corpus: Corpus) -> None:
+    """What can be said of a request before the first model is loaded is said now."""
+    if len(spec.pair.teachers) != 1:
+        raise UserError(f"pair {spec.pair.name}: teachers: one is supported, not several")
+    method = create(spec.method, spec.options)
+    if method.needs.bytes == "beam" and spec.train.template == "chat":
+        raise UserError("method.bytes: beam reads plain text", "set train.template=plain")
+    training_order(corpus, spec.seed, spec.train.budget, spec.train.document_bytes)
+
+
+class LoadedPair:
+    """Both sides of a pair, each loaded once. Training changes the student in place."""
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+
+    @cached_property
+    def student(self) -> Side:
+        """The student as the pair starts it."""
+        return self._load(self.spec.pair.student)
+
+    @cached_property
+    def teacher(self) -> Side:
+        """The teacher."""
+        return self._load(self.spec.pair.teachers[0])
+
+    def _load(self, spec: ModelSpec) -> Side:
+        side = models.load_side(spec, trust_remote_code=self.spec.trust_remote_code)
+        side.model.to(self.device)
+        return side
 
 
 class Cell:
-    """A spec with what it names, loaded as it is needed."""
+    """A spec, the folder that holds its result, and the content that identifies it."""
 
     def __init__(
-        self, spec: RunSpec, store: Path, corpus: Corpus, data_dir: Path | None, progress: bool
+        self,
+        spec: RunSpec,
+        store: Path,
+        corpus: Corpus,
+        data_dir: Path | None,
+        notes: Sequence[str],
     ) -> None:
         self.spec = spec
         self.store = store
         self.corpus = corpus
         self.data_dir = data_dir
-        self.progress = progress
+        self.notes = notes
         self.content = content(spec, corpus, data_dir)
         self.id = spec.cell_id(self.content)
         self.folder = results.cell_dir(store, spec.pair.name, spec.method, self.id)
 
-    def run(self) -> results.Result:
-        """Train, evaluate, write the result; a failure is written as such and raised."""
-        accelerator = Accelerator()
+    def run(self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool) -> results.Result:
+        """Train, evaluate, write the result; what breaks on the way is recorded and raised."""
         try:
-            student, cost = self._train(accelerator)
-            if not accelerator.is_main_process:
-                return results.read_result(self._wait(accelerator))
-            result = self.evaluate(student, cost, [])
+            student, cost = self._train(pair, accelerator, progress=progress)
+            if accelerator.is_main_process:
+                if progress:
+                    print(f"evaluating {self.spec.method}", file=sys.stderr)
+                self.evaluate(student, pair.teacher, cost)
         except Exception as error:
-            self._record_failure(error)
+            if accelerator.is_main_process and getattr(error, "exit_code", 1) == 1:
+                self._record_failure(error)
             raise
         accelerator.wait_for_everyone()
-        shutil.rmtree(self.folder / train.CHECKPOINTS, ignore_errors=True)
-        return result
+        if accelerator.is_main_process:
+            shutil.rmtree(self.folder / train.CHECKPOINTS, ignore_errors=True)
+        return results.read_result(self.folder / "result.json")
 
-    def _wait(self, accelerator: Accelerator) -> Path:
-        accelerator.wait_for_everyone()
-        return self.folder / "result.json"
-
-    def _train(self, accelerator: Accelerator) -> tuple[Side, dict[str, Any]]:
+    def _train(
+        self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool
+    ) -> tuple[Side, dict[str, Any]]:
         """The trained student as it would be exported (merged, float32), and what it cost."""
+        tables = train.pair_tables(pair.student, pair.teacher)
+        precision = resolve(self.spec.train.precision, accelerator.device)
+        teacher = Teacher(pair.teacher, tables.teacher_trie, precision, self.content["teacher"])
         method = create(self.spec.method, self.spec.options)
-        student = self.side(self.spec.pair.student)
-        teacher_side = self.side(self.spec.pair.teachers[0])
-        tables = train.pair_tables(student, teacher_side)
-        device = accelerator.device
-        teacher_side.model.to(device)
-        precision = resolve(self.spec.train.precision, device)
-        identity = self.content["teacher"]
-        teacher = Teacher(teacher_side, tables.teacher_trie, precision, identity)
-        setting = train.Setting(student, teacher, method, tables, self.corpus)
+        setting = train.Setting(pair.student, teacher, method, tables, self.corpus)
         network, report = train.train(
-            self.spec, setting, self.folder, accelerator, progress=self.progress
+            self.spec, setting, self.folder, accelerator, progress=progress
         )
-        exported = replace(student, model=models.merged(network.model).float().eval())
-        return exported, asdict(report)
+        exported = models.merged(network.model).float().eval()
+        return replace(pair.student, model=exported), asdict(report)
 
-    def side(self, spec: ModelSpec) -> Side:
-        """Load a side of the pair."""
-        return models.load_side(spec, trust_remote_code=self.spec.trust_remote_code)
-
-    def evaluate(self, student: Side, cost: dict[str, Any], notes: Sequence[str]) -> results.Result:
-        """Evaluate a side as the student and write the cell."""
+    def evaluate(self, student: Side, teacher: Side, cost: dict[str, Any]) -> None:
+        """Evaluate a side as the student and write the cell: samples first, the result last."""
         started = time.monotonic()
         spec = self.spec.eval
-        heldout, shared = self._held_out()
-        teacher = self.side(self.spec.pair.teachers[0])
-        if student.model.device != teacher.model.device:
-            teacher.model.to(student.model.device)
         evaluation = evaluate(
             EvaluationRequest(
                 student=student.model,
@@ -135,40 +165,19 @@ class Cell:
                 limit=spec.limit,
                 batch_size=spec.batch_size,
                 data_dir=self.data_dir,
-                heldout=heldout,
+                heldout=[document.text for document in self.corpus.held_out],
                 precision=spec.precision,
             )
         )
-        notes = [*notes, *self._notes(shared)]
         cost = {**cost, "eval_seconds": time.monotonic() - started}
         cost["peak_memory_bytes"] = train.peak_memory()
-        result = self._result("done", notes, cost)
-        result["scores"], result["stderr"] = evaluation.scores, evaluation.stderr  # type: ignore[typeddict-item]
-        result["provenance"] |= {"versions": {**_versions(), **evaluation.versions}}
-        result["provenance"] |= {"evaluation": evaluation.settings}
+        result = self._result("done", self.notes, cost)
+        result |= {"scores": evaluation.scores, "stderr": evaluation.stderr}  # type: ignore[typeddict-item]
+        result["provenance"]["versions"] |= evaluation.versions
+        result["provenance"]["evaluation"] = evaluation.settings
         for task, rows in evaluation.samples.items():
             results.write_jsonl_atomic(self.folder / "samples" / f"{task}.jsonl", rows)
         results.write_json_atomic(self.folder / "result.json", result)
-        return result
-
-    def _held_out(self) -> tuple[list[str], int]:
-        """Held-out texts that share no 13-gram with the training split, and how many did."""
-        texts = [document.text for document in self.corpus.held_out]
-        leaked = shared_ngrams(texts, (document.text for document in self.corpus.train)).items
-        return [text for index, text in enumerate(texts) if index not in leaked], len(leaked)
-
-    def _notes(self, shared_held_out: int) -> list[str]:
-        notes = [
-            f"held-out documents left out for a 13-gram shared with the corpus: {shared_held_out}"
-        ]
-        corpus = [document.text for document in self.corpus.train]
-        for task in self.spec.eval.tasks:
-            shared = shared_ngrams(task_texts(task, self.data_dir), corpus).items
-            if shared:
-                notes.append(f"{task}: {len(shared)} items share a 13-gram with the corpus")
-        if self.corpus.generated_by_teacher:
-            notes.append(SEQUENCE_LEVEL)
-        return notes
 
     def _record_failure(self, error: Exception) -> None:
         line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -189,17 +198,41 @@ class Cell:
         }
 
 
-def baseline(cell: Cell, method: str) -> None:
+def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> None:
     """Evaluate the untrained student (`start`) or the `teacher`, once for all cells beside it."""
     neutral = TrainSpec(corpus=cell.spec.train.corpus)
     spec = cell.spec.model_copy(
         update={"method": method, "seed": 0, "options": {}, "train": neutral}
     )
-    own = Cell(spec, cell.store, cell.corpus, cell.data_dir, cell.progress)
-    if results.finished(own.folder) is not None:
-        return
-    model = spec.pair.student if method == "start" else spec.pair.teachers[0]
-    own.evaluate(own.side(model), {}, [])
+    own = Cell(spec, cell.store, cell.corpus, cell.data_dir, cell.notes)
+    if results.finished(own.folder) is None:
+        if progress:
+            print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
+        own.evaluate(pair.student if method == "start" else pair.teacher, pair.teacher, {})
+
+
+def decontaminated(
+    corpus: Corpus, spec: RunSpec, data_dir: Path | None
+) -> tuple[Corpus, list[str]]:
+    """The corpus without what would let an evaluation measure memory, and notes of what went.
+
+    Training documents that share a 13-gram with an item of a requested task are left out, and then
+    held-out documents that share one with what is left to train on.
+    """
+    notes = []
+    train_split = list(corpus.train)
+    for task in spec.eval.tasks:
+        texts = (document.text for document in train_split)
+        leaked = shared_ngrams(task_texts(task, data_dir), texts).documents
+        if leaked:
+            notes.append(f"{len(leaked)} training documents left out: a 13-gram of {task}")
+            train_split = [d for index, d in enumerate(train_split) if index not in leaked]
+    held_out = [document.text for document in corpus.held_out]
+    known = shared_ngrams(held_out, (document.text for document in train_split)).items
+    if known:
+        notes.append(f"{len(known)} held-out documents left out: a 13-gram of the training split")
+    kept = tuple(d for index, d in enumerate(corpus.held_out) if index not in known)
+    return replace(corpus, train=tuple(train_split), held_out=kept), notes
 
 
 def content(spec: RunSpec, corpus: Corpus, data_dir: Path | None) -> dict[str, str]:
@@ -224,13 +257,6 @@ def _method_code(name: str) -> str:
     point = info.entry_point
     assert point is not None
     return f"{point.value}@{point.dist.version if point.dist else 'unknown'}"
-
-
-def _check_method(spec: RunSpec) -> None:
-    """Whatever the method can say about its options is said before the first expensive second."""
-    method = create(spec.method, spec.options)
-    if method.needs.bytes == "beam" and spec.train.template == "chat":
-        raise UserError("method.bytes: beam reads plain text", "set train.template=plain")
 
 
 def provenance() -> dict[str, Any]:
@@ -261,7 +287,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the clone that the engine runs from, and whether it was changed; None in a wheel."""
+    """Commit of the clone that the engine runs from, and whether it changed; None in a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
