@@ -216,7 +216,7 @@ def corpus(
         for document in generate.generate_corpus(model, tokenizer, target, sampling):
             documents.append(document)
             progress.update(sum(len(part["text"].encode()) for part in document["segments"]))
-    generate.write_corpus(out, documents)
+    generate.write_corpus(out, documents, author, sampling)
     typer.echo(f"{out}: {len(documents)} documents")
 
 

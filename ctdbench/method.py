@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ctdbench import ops, registry
 from ctdbench.errors import UserError
-from ctdbench.text.vocabulary import ByteTrie
+from ctdbench.text.vocabulary import ByteTrie, exact_matches
 
 ByteEstimator = Literal["path", "mixed", "beam"]
 
@@ -61,7 +61,7 @@ class PairTables:
     """What a pair's two vocabularies say about each other; built once a pair.
 
     student_vocabulary, teacher_vocabulary: token id -> bytes, b"" for specials and holes.
-    special_pairs: (student id, teacher id) of specials with the same role.
+    special_pairs: (student id, teacher id) of specials with the same role, the first one first.
     student_special, teacher_special: all ids that stand for no bytes of text.
     projection: (indices [V_S, k] with -1 for none, weights [V_S, k]), or None.
     """
@@ -101,6 +101,19 @@ class PairTables:
     def teacher_trie(self) -> ByteTrie:
         """The teacher's vocabulary as intervals of byte prefixes."""
         return ByteTrie(list(self.teacher_vocabulary))
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """The vocabulary that both sides have, [M, 2] int64 (student id, teacher id), one to one:
+        byte-equal tokens, then specials of the same role; of two claims to an id the first holds."""
+        matches = exact_matches(self.student_vocabulary, self.teacher_vocabulary).tolist()
+        pairs: dict[int, int] = {}
+        taken: set[int] = set()
+        for student, teacher in [*matches, *self.special_pairs]:
+            if student not in pairs and teacher not in taken:
+                pairs[student] = teacher
+                taken.add(teacher)
+        return torch.tensor(list(pairs.items()), dtype=torch.long).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,7 @@ class Needs:
     end_bin: column 256 of `bytes` is the mass of the teacher's token ending (`path` only).
     skip_last_student_token: leave the student's last supervised token of a document out of the
         pairs (positions only).
+    whole_documents: no block cuts a document (chunks only), for a loss that joins chunks.
     """
 
     teacher_logits: bool = True
@@ -163,6 +177,7 @@ class Needs:
     bytes: ByteEstimator | None = None
     end_bin: bool = False
     skip_last_student_token: bool = False
+    whole_documents: bool = False
 
     @property
     def teacher(self) -> bool:
@@ -212,6 +227,9 @@ class Method:
     def needs(self) -> Needs:
         """What the harness has to provide."""
         return Needs()
+
+    def check(self, pair: PairTables) -> None:
+        """Raises UserError, with the reason, if the method cannot serve this pair."""
 
     def weights(self) -> Mapping[str, float]:
         """Weight of each term in the loss; a term not named has weight 1."""
@@ -317,6 +335,7 @@ def _evaluate(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Term], Tensor]:
     method = create(name, options) if isinstance(name, str) else name
+    method.check(pair)
     block = _block(method, student, teacher, pair, pairs)
     widths = [0 if rows.hidden is None else rows.hidden.shape[1] for rows in (student, teacher)]
     modules = {

@@ -1,4 +1,4 @@
-"""Text that a model generates: prompts from a file of templates, answers in batches with a KV cache."""
+"""Text that a model generates: prompts from a file of templates, answers in batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import random
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +161,24 @@ def _repeats(text: str) -> bool:
     return bool(runs) and max(map(runs.count, set(runs))) >= 3
 
 
-def write_corpus(path: Path, documents: Sequence[dict[str, Any]]) -> None:
-    """Documents as gzipped JSONL, byte for byte the same for the same documents."""
+def write_corpus(
+    path: Path, documents: Sequence[dict[str, Any]], author: str, sampling: Sampling
+) -> None:
+    """Documents as gzipped JSONL, byte for byte the same for the same documents.
+
+    Beside it, `NAME.json` records the author (a model reference), the sampling and the size.
+    """
+    texts = [segment["text"] for document in documents for segment in document["segments"]]
+    record = {
+        "author": author,
+        "prompts": PROMPTS.name,
+        "sampling": {**asdict(sampling), "precision": "bfloat16"},
+        "documents": len(documents),
+        "bytes": sum(len(text.encode("utf-8")) for text in texts),
+    }
     lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
     temporary.replace(path)
+    beside = path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + ".json")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

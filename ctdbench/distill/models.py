@@ -206,8 +206,9 @@ def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
 def _check_logits(model: Any, reference: str) -> None:
     """Raise PreflightError where `logits` is not what the model's own forward gives."""
     ids = torch.arange(4)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    states = hidden_states(model, ids, torch.ones_like(ids))[0]
+    mask = torch.ones_like(ids)
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+    states = hidden_states(model, ids, mask)[0]
     if not torch.allclose(logits(model, states, expected.shape[1]), expected, rtol=1e-3, atol=1e-3):
         raise PreflightError(
             f"model {reference} ({model.config.model_type}) makes its logits in an unknown way",

@@ -1,0 +1,147 @@
+"""GOLD: General Online Logit Distillation (TRL's experimental GOLD trainer, October 2025).
+
+A chunk has one distribution a side: its last row's, times the probability of the tokens that came
+before it (chain rule; not renormalised),
+    m(y) = p_k(y) * prod_{j<k} max(p_j(token_j), 1e-8),    p = softmax(logits / T).
+C are the vocabulary pairs: byte-equal tokens and specials of the same role, one to one.
+    matched   = JSD_beta(m_S, m_T) summed over C, both clamped to at least 1e-8:
+                beta = 0 (default): forward KL; beta = 1: reverse KL; else, with
+                mix = (1 - beta) m_S + beta m_T, beta KL(m_T || mix) + (1 - beta) KL(m_S || mix)
+    unmatched = L1 distance of the rest, each side sorted, the shorter one zero-padded
+    L = w_m matched + w_u unmatched (+ ce_weight CE, 0 as in the reference),
+mean over a document's chunks, then over documents. w_m = w_u = 1 (default); adaptive: w_m times |C|
+over the teacher's vocabulary, w_u times what is left of 1. hybrid = false: C is empty, so the whole
+vocabulary is unmatched (`uld` on chunks).
+
+On a chunk of one token a student logit j outside C has, for beta = 0 and unmatched_weight = 0, the
+gradient p_S[j] * (teacher's mass on C) >= 0: what the teacher cannot spell in one token (Llama's
+three-digit numbers, for Qwen) is suppressed.
+
+TRL: its defaults are hybrid = false, beta = 0.5, adaptive; it is meant to run on the student's own
+text. Its merge strategy `bayesian` is the one above; its default, `observed`, multiplies the row
+*after* a token by that token's probability, which is off by one, and is not offered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ctdbench import ops
+from ctdbench.method import Block, Method, MethodOptions, Term
+
+META = {
+    "title": "GOLD: JSD on the shared vocabulary, sorted L1 on the rest",
+    "paper": "",
+    "year": 2025,
+    "needs": ["teacher logits"],
+    "cost": "a sort of the unshared vocabulary for every chunk, both sides",
+}
+
+FLOOR = 1e-8  # below this a probability is this, and has no gradient (as in the reference)
+
+
+class GOLDOptions(MethodOptions):
+    """Options of `gold`; TRL's own defaults are hybrid=false, beta=0.5, weighting=adaptive."""
+
+    ce_weight: float = Field(
+        0.0, ge=0, description="Weight of cross-entropy on the student's own tokens."
+    )
+    hybrid: bool = Field(
+        True, description="Compare the shared vocabulary token by token; false: sort everything."
+    )
+    beta: float = Field(
+        0.0, ge=0, le=1, description="0: forward KL, 1: reverse KL, between: generalized JSD."
+    )
+    matched_weight: float = Field(1.0, ge=0, description="Weight of the shared vocabulary's term.")
+    unmatched_weight: float = Field(1.0, ge=0, description="Weight of the sorted distance.")
+    weighting: Literal["fixed", "adaptive"] = Field(
+        "fixed",
+        description="adaptive: the two weights are also multiplied by the shared part of the "
+        "teacher's vocabulary and by the rest of it.",
+    )
+    temperature_student: float = Field(1.0, gt=0, description="Softmax temperature, student.")
+    temperature_teacher: float = Field(1.0, gt=0, description="Softmax temperature, teacher.")
+
+
+class GOLD(Method):
+    """Generalized JSD on the shared vocabulary of merged chunks, sorted L1 on the rest."""
+
+    Options = GOLDOptions
+    options: GOLDOptions
+
+    def weights(self) -> Mapping[str, float]:
+        """w_m and w_u; what `adaptive` adds depends on the pair and is part of the terms."""
+        weights = {"unmatched": self.options.unmatched_weight}
+        return weights | ({"matched": self.options.matched_weight} if self.options.hybrid else {})
+
+    def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
+        """`matched`, `unmatched`: the sum over documents of their share in this block."""
+        rows = _last_rows(block)
+        sides = (block.student, block.taught())
+        temperatures = (self.options.temperature_student, self.options.temperature_teacher)
+        student, teacher = (
+            ops.merged_chunks(
+                side.scores().float(), side.token, side.chunk, last, block.chunks, heat
+            )
+            for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
+        )
+        share = _shares(block, rows)
+        distances = self._distances(student, teacher.detach(), block.pair.shared.to(rows.device))
+        return {
+            name: Term((value * share).sum(), share.sum()) for name, value in distances.items()
+        }
+
+    def counts(self, block: Block) -> Mapping[str, Tensor]:
+        """Documents: every chunk counts 1/n of its document, which may reach over several blocks."""
+        count = _shares(block, _last_rows(block)).sum()
+        return dict.fromkeys(self.weights(), count)
+
+    def _distances(self, student: Tensor, teacher: Tensor, shared: Tensor) -> dict[str, Tensor]:
+        """Every term of every chunk: [M, V_S], [M, V_T], [|C|, 2] -> [M] each."""
+        if not self.options.hybrid:
+            return {"unmatched": ops.sorted_l1(student, teacher)}
+        own, taught = shared.T
+        matched = generalized_jsd(student[:, own], teacher[:, taught], self.options.beta)
+        rest = ops.sorted_l1(_without(student, own), _without(teacher, taught))
+        if self.options.weighting == "fixed":
+            return {"matched": matched, "unmatched": rest}
+        part = len(shared) / teacher.shape[1]
+        return {"matched": part * matched, "unmatched": (1 - part) * rest}
+
+
+def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """JSD_beta of rows that need not sum to 1: [M, n], [M, n] -> [M], nats."""
+    p, q = student.clamp(min=FLOOR), teacher.clamp(min=FLOOR)
+    if beta == 0:
+        return (q * (q.log() - p.log())).sum(-1)
+    if beta == 1:
+        return (p * (p.log() - q.log())).sum(-1)
+    mix = ((1 - beta) * p + beta * q).log()
+    return beta * (q * (q.log() - mix)).sum(-1) + (1 - beta) * (p * (p.log() - mix)).sum(-1)
+
+
+def _without(masses: Tensor, columns: Tensor) -> Tensor:
+    """All other columns."""
+    rest = torch.ones(masses.shape[1], dtype=torch.bool, device=masses.device)
+    rest[columns] = False
+    return masses[:, torch.nonzero(rest).squeeze(1)]
+
+
+def _last_rows(block: Block) -> Tensor:
+    """Student's and teacher's last row of every chunk that has rows on both sides, [M, 2]."""
+    chunks = (side.chunk for side in (block.student, block.taught()))
+    last = torch.stack([ops.last_rows(chunk, block.chunks) for chunk in chunks], 1)
+    return last[(last >= 0).all(1)]
+
+
+def _shares(block: Block, rows: Tensor) -> Tensor:
+    """1 / (number of chunks of the chunk's document in the whole batch), [M]."""
+    return 1 / block.document_chunks[block.student.document[rows[:, 0]]]
+
+
+METHOD = GOLD
