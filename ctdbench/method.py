@@ -7,7 +7,7 @@ labels, never loops over documents and never averages: it returns sums and their
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from ctdbench import ops, registry
 from ctdbench.errors import UserError
+from ctdbench.text.prefixes import PrefixMap
+from ctdbench.text.projection import Projection, build_projection, common_pairs
 from ctdbench.text.vocabulary import ByteTrie, exact_matches
 
 ByteEstimator = Literal["path", "mixed", "beam"]
+GivenProjection = tuple[Any, Any] | Callable[[], tuple[Any, Any]]
+SideName = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ class PairTables:
     """What a pair's two vocabularies say about each other; built once a pair.
 
     student_vocabulary, teacher_vocabulary: token id -> bytes, b"" for specials and holes.
-    special_pairs: (student id, teacher id) of specials with the same role, the first one first.
+    special_pairs: (student id, teacher id) of specials with the same role, the end tokens first.
     student_special, teacher_special: all ids that stand for no bytes of text.
-    projection: (indices [V_S, k] with -1 for none, weights [V_S, k]), or None.
+    projection: W as (indices [V_S, k] with -1 for none, weights [V_S, k]), or what makes it when a
+        method first asks; None: `build_projection` from the vocabularies alone, no tokenizer.
     """
 
     student_vocabulary: Sequence[bytes]
@@ -71,7 +76,7 @@ class PairTables:
     special_pairs: tuple[tuple[int, int], ...] = ()
     student_special: tuple[int, ...] = ()
     teacher_special: tuple[int, ...] = ()
-    projection: tuple[Tensor, Tensor] | None = None
+    projection: GivenProjection | None = None
 
     @classmethod
     def build(
@@ -81,16 +86,12 @@ class PairTables:
         special_pairs: Sequence[tuple[int, int]] = (),
         student_special: Sequence[int] = (),
         teacher_special: Sequence[int] = (),
-        projection: tuple[Any, Any] | None = None,
+        projection: GivenProjection | None = None,
     ) -> PairTables:
         """Tables from two vocabularies; arrays and lists are taken as they come."""
-        tensors = None
-        if projection is not None:
-            indices, weights = (torch.as_tensor(np.asarray(part)) for part in projection)
-            tensors = (indices.long(), weights.float())
         pairs = tuple((int(s), int(t)) for s, t in special_pairs)
         specials = (tuple(map(int, student_special)), tuple(map(int, teacher_special)))
-        return cls(student_vocabulary, teacher_vocabulary, pairs, *specials, tensors)
+        return cls(student_vocabulary, teacher_vocabulary, pairs, *specials, projection)
 
     @cached_property
     def student_trie(self) -> ByteTrie:
@@ -103,9 +104,16 @@ class PairTables:
         return ByteTrie(list(self.teacher_vocabulary))
 
     @cached_property
+    def prefix_map(self) -> PrefixMap:
+        """The student's longest tokens within every suffix of the teacher's tokens."""
+        return PrefixMap(self.student_trie, self.teacher_trie, self.special_pairs)
+
+    @cached_property
     def shared(self) -> Tensor:
-        """The vocabulary that both sides have, [M, 2] int64 (student id, teacher id), one to one:
-        byte-equal tokens, then specials of the same role; of two claims to an id the first holds."""
+        """The vocabulary that both sides have, [M, 2] int64 (student id, teacher id), one to one.
+
+        Byte-equal tokens, then specials of the same role; of two claims to an id the first holds.
+        """
         matches = exact_matches(self.student_vocabulary, self.teacher_vocabulary).tolist()
         pairs: dict[int, int] = {}
         taken: set[int] = set()
@@ -114,6 +122,31 @@ class PairTables:
                 pairs[student] = teacher
                 taken.add(teacher)
         return torch.tensor(list(pairs.items()), dtype=torch.long).reshape(-1, 2)
+
+    @cached_property
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """W: indices [V_S, k] int64, -1 for none, and weights [V_S, k] float32."""
+        indices, weights = map(torch.from_numpy, self._projection)
+        return indices, weights
+
+    @cached_property
+    def strict_pairs(self) -> Tensor:
+        """Pairs of tokens where the teacher's is all of W's row, [M, 2] int64, one to one."""
+        return torch.from_numpy(common_pairs(self._projection, "strict"))
+
+    @cached_property
+    def relaxed_pairs(self) -> Tensor:
+        """Pairs of tokens by the largest entry of W's rows, [M, 2] int64, one to one."""
+        return torch.from_numpy(common_pairs(self._projection, "relaxed"))
+
+    @cached_property
+    def _projection(self) -> Projection:
+        given = self.projection() if callable(self.projection) else self.projection
+        if given is None:
+            vocabularies = self.student_vocabulary, self.teacher_vocabulary
+            return build_projection(*vocabularies, special_pairs=self.special_pairs)
+        indices, weights = map(np.asarray, given)
+        return Projection(indices.astype(np.int64), weights.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -128,6 +161,7 @@ class Block:
     bytes: [N, 257] float32, the teacher's distribution of every byte of the block's chunks in
         order (column 256: the text ends, or with `end_bin` the teacher's token ends).
     pair: the vocabularies and what is known of them.
+    batch: the elementwise maximum of `Method.prepare` over the batch, see `Needs.prepare`.
     """
 
     student: Rows
@@ -137,6 +171,7 @@ class Block:
     pairs: Tensor | None
     bytes: Tensor | None
     pair: PairTables
+    batch: Tensor | None = None
 
     def taught(self) -> Rows:
         """The teacher's rows; raises TypeError if the method did not ask for a teacher."""
@@ -150,8 +185,9 @@ class Term:
     """A loss term as a sum and its count, so that blocks, accumulation and ranks add up exactly.
 
     total: scalar, differentiable. count: scalar without gradient; it must follow from the block's
-    tokens and chunks alone, never from logits, because the harness divides by the count of the
-    whole global batch before the first gradient is taken.
+    tokens and chunks alone (kind "scalars": and from the teacher's), never from the student's
+    logits, because the harness divides by the count of the whole global batch before the first
+    gradient is taken.
     """
 
     total: Tensor
@@ -159,25 +195,45 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Scalars:
+    """What `Method.scalars` said of the rows of one side of a batch of whole documents.
+
+    values: [R, m] float. rows: their tokens, chunks and documents, without logits and states, in
+    the order of the text: chunk ids ascend, and the row that follows a chunk's last row in its
+    document, if there is one, is the next row here.
+    """
+
+    values: Tensor
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a method asks of the harness.
 
+    kind: "blocks" (the method writes `terms`), or "scalars" (`scalars`, `totals`, `combine`).
     teacher_logits: the teacher's logits per row. hidden: the student's states per row.
+    teacher_hidden: the teacher's, too.
     pairing: "chunks" (byte-aligned), or "positions" (k-th supervised token with the k-th).
     bytes: estimator of the teacher's byte distributions, or None.
     end_bin: column 256 of `bytes` is the mass of the teacher's token ending (`path` only).
     skip_last_student_token: leave the student's last supervised token of a document out of the
         pairs (positions only).
     whole_documents: no block cuts a document (chunks only), for a loss that joins chunks.
+    prepare: `Method.prepare` sees all of the teacher's rows of the global batch, or of each
+        micro-batch, before the first of its blocks.
     """
 
+    kind: Literal["blocks", "scalars"] = "blocks"
     teacher_logits: bool = True
     hidden: bool = False
+    teacher_hidden: bool = False
     pairing: Literal["chunks", "positions"] = "chunks"
     bytes: ByteEstimator | None = None
     end_bin: bool = False
     skip_last_student_token: bool = False
     whole_documents: bool = False
+    prepare: Literal["batch", "microbatch"] | None = None
 
     @property
     def teacher(self) -> bool:
@@ -215,7 +271,8 @@ class PairInfo:
 class Method:
     """A loss over an aligned block of two models' predictions.
 
-    Subclass it, set `Options`, write `terms`.
+    Subclass it, set `Options`, write `terms`. A loss that joins rows over any distance but reads
+    little of each one is of kind "scalars" instead: it writes `scalars`, `totals` and `combine`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -239,11 +296,50 @@ class Method:
         """Extra trainable modules, by name."""
         return {}
 
+    def prepare(self, teacher: Rows) -> Tensor:
+        """What a loss must know of the whole batch before its first block; `Needs.prepare` asks.
+
+        Called without gradient, any number of times, with some of the teacher's rows each (with
+        logits, of chunks or not, maybe none). Every result has the same shape; `Block.batch` is
+        their elementwise maximum over all rows, whatever the blocks, micro-batches and processes.
+        """
+        raise NotImplementedError
+
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
-        """The method's terms on one block."""
-        raise UserError(
-            f"method {type(self).__name__} has no terms()", "write terms(block, modules)"
-        )
+        """The method's terms on one block; of kind "scalars", on a block that is all there is."""
+        if self.needs.kind == "blocks":
+            raise self._unwritten("terms(block, modules)")
+        own, taught = block.student, block.taught()
+        student = Scalars(self.scalars(own, "student", block.pair, modules), bare(own))
+        values = self.scalars(taught, "teacher", block.pair, modules).detach()
+        teacher = Scalars(values, bare(taught))
+        return self.combine(student, teacher, self.totals(student.rows, teacher))
+
+    def scalars(
+        self, rows: Rows, side: SideName, pair: PairTables, modules: Mapping[str, nn.Module]
+    ) -> Tensor:
+        """Kind "scalars": all that the loss needs of every row, [R, m], each row by itself."""
+        raise self._unwritten("scalars(rows, side, pair, modules)")
+
+    def totals(self, student: Rows, teacher: Scalars) -> dict[str, Tensor]:
+        """Kind "scalars": sums over this batch that `combine` needs over the whole global batch.
+
+        At least every term's count, by its name. They follow from tokens, chunks and the teacher.
+        """
+        raise self._unwritten("totals(student, teacher)")
+
+    def combine(
+        self, student: Scalars, teacher: Scalars, totals: Mapping[str, Tensor]
+    ) -> dict[str, Term]:
+        """Kind "scalars": the terms on a batch of whole documents, differentiable in `student`.
+
+        totals: those of the global batch. A term's count is that of this batch alone.
+        """
+        raise self._unwritten("combine(student, teacher, totals)")
+
+    def _unwritten(self, signature: str) -> UserError:
+        name = signature.partition("(")[0]
+        return UserError(f"method {type(self).__name__} has no {name}()", f"write {signature}")
 
     def counts(self, block: Block) -> Mapping[str, Tensor] | None:
         """The terms' counts from a block without logits and states, where they are cheap to tell.
@@ -251,6 +347,11 @@ class Method:
         None (the default): the harness learns them by calling `terms` on rows of zeros.
         """
         return None
+
+
+def bare(rows: Rows) -> Rows:
+    """The rows without logits and states: what `Scalars` keeps of them."""
+    return replace(rows, logits=None, hidden=None)
 
 
 def cross_entropy(rows: Rows) -> Term:
@@ -361,6 +462,10 @@ def _block(method: Method, student: Rows, teacher: Rows, pair: PairTables, pairs
     distributions = None
     if method.needs.bytes is not None:
         distributions = _probe_bytes(method.needs, student, teacher, pair)
+    batch = None
+    if method.needs.prepare:
+        with torch.no_grad():
+            batch = method.prepare(teacher)
     return Block(
         student=student,
         teacher=teacher,
@@ -369,6 +474,7 @@ def _block(method: Method, student: Rows, teacher: Rows, pair: PairTables, pairs
         pairs=pairs,
         bytes=distributions,
         pair=pair,
+        batch=batch,
     )
 
 

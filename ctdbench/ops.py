@@ -238,6 +238,44 @@ def last_rows(chunk: Tensor, chunks: int) -> Tensor:
     return last.scatter_reduce(0, chunk[rows], rows, "amax")
 
 
+def shared_chunks(student: Tensor, teacher: Tensor, chunks: int) -> tuple[Tensor, Tensor, int]:
+    """The chunks that have rows on both sides, numbered anew 0..M-1.
+
+    student [R_S], teacher [R_T]: chunk of every row in 0..chunks-1, or -1. Returns the same for the
+    new numbers, and M.
+    """
+    sides = (student, teacher)
+    shared = torch.stack([last_rows(chunk, chunks) >= 0 for chunk in sides]).all(0)
+    number = torch.where(shared, shared.cumsum(0) - 1, -1)
+    number = nn.functional.pad(number, (0, 1), value=-1)  # what chunk -1 finds
+    return number[student], number[teacher], int(shared.sum())
+
+
+def chunk_means(values: Tensor, chunk: Tensor, chunks: int) -> Tensor:
+    """Mean of every chunk's rows, [chunks, V]; 0 without rows. values [R, V]; chunk [R] or -1."""
+    place = torch.where(chunk >= 0, chunk, chunks)  # rows outside fall into one chunk more
+    sizes = torch.bincount(place, minlength=chunks + 1)[:chunks, None]
+    return segment_sum(values, place, chunks + 1)[:chunks] / sizes.clamp(min=1)
+
+
+def project(
+    probabilities: Tensor, source: Tensor, target: Tensor, weight: Tensor, columns: int
+) -> Tensor:
+    """Rows times a sparse matrix: [M, V] -> [M, columns], differentiable in rows and weights.
+
+    The matrix has the entries weight[e] at (source[e], target[e]), [E] each, in any order.
+    """
+    order = target.argsort(stable=True)
+    sizes = torch.bincount(target, minlength=columns)
+    return nn.functional.embedding_bag(
+        source[order],
+        probabilities.T.contiguous(),
+        sizes.cumsum(0) - sizes,
+        mode="sum",
+        per_sample_weights=weight[order].to(probabilities.dtype),
+    ).T
+
+
 def merged_chunks(
     logits: Tensor,
     token: Tensor,

@@ -76,8 +76,8 @@ class GOLD(Method):
 
     def weights(self) -> Mapping[str, float]:
         """w_m and w_u; what `adaptive` adds depends on the pair and is part of the terms."""
-        weights = {"unmatched": self.options.unmatched_weight}
-        return weights | ({"matched": self.options.matched_weight} if self.options.hybrid else {})
+        options = self.options
+        return {"matched": options.matched_weight, "unmatched": options.unmatched_weight}
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`matched`, `unmatched`: the sum over documents of their share in this block."""
@@ -85,28 +85,25 @@ class GOLD(Method):
         sides = (block.student, block.taught())
         temperatures = (self.options.temperature_student, self.options.temperature_teacher)
         student, teacher = (
-            ops.merged_chunks(
-                side.scores().float(), side.token, side.chunk, last, block.chunks, heat
-            )
+            ops.merged_chunks(side.scores(), side.token, side.chunk, last, block.chunks, heat)
             for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
         )
         share = _shares(block, rows)
         distances = self._distances(student, teacher.detach(), block.pair.shared.to(rows.device))
-        return {
-            name: Term((value * share).sum(), share.sum()) for name, value in distances.items()
-        }
+        return {name: Term((value * share).sum(), share.sum()) for name, value in distances.items()}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
-        """Documents: every chunk counts 1/n of its document, which may reach over several blocks."""
-        count = _shares(block, _last_rows(block)).sum()
-        return dict.fromkeys(self.weights(), count)
+        """Documents: every chunk counts 1/n of its document, which may reach over blocks."""
+        names = ("matched", "unmatched") if self.options.hybrid else ("unmatched",)
+        return dict.fromkeys(names, _shares(block, _last_rows(block)).sum())
 
     def _distances(self, student: Tensor, teacher: Tensor, shared: Tensor) -> dict[str, Tensor]:
         """Every term of every chunk: [M, V_S], [M, V_T], [|C|, 2] -> [M] each."""
         if not self.options.hybrid:
             return {"unmatched": ops.sorted_l1(student, teacher)}
         own, taught = shared.T
-        matched = generalized_jsd(student[:, own], teacher[:, taught], self.options.beta)
+        pairs = (student.index_select(1, own), teacher.index_select(1, taught))
+        matched = generalized_jsd(*pairs, self.options.beta)
         rest = ops.sorted_l1(_without(student, own), _without(teacher, taught))
         if self.options.weighting == "fixed":
             return {"matched": matched, "unmatched": rest}
@@ -129,7 +126,7 @@ def _without(masses: Tensor, columns: Tensor) -> Tensor:
     """All other columns."""
     rest = torch.ones(masses.shape[1], dtype=torch.bool, device=masses.device)
     rest[columns] = False
-    return masses[:, torch.nonzero(rest).squeeze(1)]
+    return masses.index_select(1, torch.nonzero(rest).squeeze(1))
 
 
 def _last_rows(block: Block) -> Tensor:

@@ -60,7 +60,7 @@ class KD(Method):
         rows = _rows(block)
         heat = self.options.temperature
         student, teacher = (
-            (side.scores()[index].float() / heat).log_softmax(-1)
+            (side.scores()[index] / heat).log_softmax(-1)
             for side, index in zip((block.student, block.taught()), rows, strict=True)
         )
         teacher = teacher.detach()

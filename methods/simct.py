@@ -124,15 +124,15 @@ class SimCT(Method):
         first = torch.full_like(long, len(unit), dtype=torch.long)
         first = first.scatter_reduce(0, unit[inside], inside, "amin")
         spelled = inside[long[unit[inside]]]
-        came = logits[spelled, rows.token[spelled]].float()
+        came = logits[spelled, rows.token[spelled]]
         shift = came.new_zeros(len(unit))
         if self.options.score == "logprob":
-            shift = shift.index_copy(0, spelled, logits[spelled].float().logsumexp(-1))
+            shift = shift.index_copy(0, spelled, logits[spelled].logsumexp(-1))
         sums = ops.segment_sum(came - shift[spelled], unit[spelled], len(long))
         own = sums / _sizes(unit, len(long)) + shift[first]
         own = torch.where(long, own, ABSENT)
-        # two index_selects: their backward adds rows and columns, not single entries
-        return torch.cat([logits.index_select(0, first)[:, shared].float(), own[:, None]], 1)
+        others = logits.index_select(0, first).index_select(1, shared)
+        return torch.cat([others, own[:, None]], 1)
 
 
 def _sizes(segment: Tensor, segments: int) -> Tensor:

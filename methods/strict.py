@@ -1,8 +1,8 @@
-"""Strict: reverse KL where the two tokenizations agree, on what both vocabularies have (2610.08448).
+"""Strict: reverse KL on shared tokens, where the two tokenizations agree (arXiv 2610.08448).
 
 Only chunks of one token on each side count. At such a token, with K the teacher's `top` = 16
-likeliest tokens of the shared vocabulary (byte-equal tokens and specials of the same role), and both
-sides renormalised on K,
+likeliest tokens of the shared vocabulary (byte-equal tokens and specials of the same role), and
+both sides renormalised on K,
     L = mean over these chunks of KL( q_S || q_T ),    q = softmax of the logits in K.
 No CE by default (`ce_weight`). Everything else the teacher says is thrown away, which makes it the
 cheapest of the teacher-logit methods and a strong one.
@@ -62,13 +62,13 @@ class Strict(Method):
         """`strict`: the KL in nats, and the number of 1:1 chunks."""
         rows = _single_rows(block)
         own, taught = block.pair.shared.to(rows.device).T
-        logits = block.taught().scores()[rows[:, 1]].float().detach()
-        top = logits[:, taught].topk(min(self.options.top, len(taught)))
-        chosen = block.student.scores()[rows[:, :1], own[top.indices]].float()
+        logits = block.taught().scores()[rows[:, 1]].detach()
+        top = logits.index_select(1, taught).topk(min(self.options.top, len(taught)))
+        chosen = block.student.scores()[rows[:, :1], own[top.indices]]
         if self.options.renormalise:
             student, teacher = chosen.log_softmax(-1), top.values.log_softmax(-1)
         else:
-            whole = block.student.scores()[rows[:, 0]].float()
+            whole = block.student.scores()[rows[:, 0]]
             student = chosen - whole.logsumexp(-1, keepdim=True)
             teacher = top.values - logits.logsumexp(-1, keepdim=True)
         total = (student.exp() * (student - teacher)).sum()

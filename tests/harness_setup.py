@@ -1,4 +1,4 @@
-"""Two small models with unlike tokenizers, documents, and a step over them, for the harness tests."""
+"""Two small models with unlike tokenizers, documents, and steps over them, for harness tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bld", {"kl_weight": 0.0}),
 )
 IDS = [name + "".join(f"-{value}" for value in options.values()) for name, options in METHODS]
-WORDS = ("the fox jumps", "zwölf Häuschen", "42 + 17 = 59", "我们应选择", "again, and", "\n\tnaïve 👍")
+WORDS = (
+    "the fox jumps",
+    "zwölf Häuschen",
+    "42 + 17 = 59",
+    "我们应选择",
+    "again, and",
+    "\n\tnaïve 👍",
+)
 
 
 @lru_cache
@@ -139,7 +146,7 @@ def run_spec(
         lora=Lora(rank=4, alpha=8) if lora else None,
         learning_rate=1e-2,
     )
-    fixed = {"precision": "float32", "batch_documents": 8, "block_rows": 64, "budget": 900}
+    fixed = {"precision": "float32", "batch_documents": 8, "block_rows": 64, "budget": 2000}
     settings = {**fixed, **settings}
     found = create(method, options)
     return RunSpec(
@@ -150,7 +157,7 @@ def run_spec(
     )
 
 
-def setting_of(spec: RunSpec, student: Side, teacher: Side, count: int = 24) -> train.Setting:
+def setting_of(spec: RunSpec, student: Side, teacher: Side, count: int = 48) -> train.Setting:
     corpus = Corpus("test", tuple(documents(count)), (), {})
     return train.Setting(
         student,

@@ -7,6 +7,7 @@ import time
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wheel_tokenizers import wheel_token_bytes
 
 from ctdbench.text.vocabulary import ByteTrie, exact_matches
 
@@ -54,6 +55,26 @@ def test_exact_matches_are_one_to_one_by_lowest_id(
     common = (set(student) & set(teacher)) - {b""}
     expected = sorted([student.index(piece), teacher.index(piece)] for piece in common)
     assert exact_matches(student, teacher).tolist() == expected
+
+
+def test_a_byte_token_gives_way_to_a_piece_of_the_same_byte() -> None:
+    """As in Mistral's vocabulary: the byte tokens come first, and the tokenizer never uses them
+    for what it has a piece for."""
+    byte_tokens = [bytes([value]) for value in range(256)]
+    student = [b"", *byte_tokens, b"the", b"7", b"a"]
+    teacher = [b"a", b"7", b"\x07", b"the", b"7"]
+    assert exact_matches(student, teacher).tolist() == [[8, 2], [257, 3], [258, 1], [259, 0]]
+    assert exact_matches(teacher, student).tolist() == [[0, 259], [1, 258], [2, 8], [3, 257]]
+
+
+def test_a_match_is_a_token_that_the_tokenizer_emits() -> None:
+    tokens = wheel_token_bytes("mistral")
+    letters = [bytes([value]) for value in range(33, 127)]
+    matched = exact_matches(letters, tokens.vocabulary)
+    assert len(matched) == len(letters)
+    emitted = set(tokens.encode(" ".join(f"x{chr(letter[0])}x" for letter in letters)).ids)
+    emitted |= set(tokens.encode("\n".join(letter.decode() for letter in letters)).ids)
+    assert set(matched[:, 1].tolist()) <= emitted
 
 
 def test_a_large_vocabulary_takes_seconds_at_most() -> None:

@@ -141,8 +141,9 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
 def plan_blocks(batch: Batch, needs: Needs, block_rows: int) -> list[BlockRows]:
     """Cut a batch into blocks of at most `block_rows` rows of both sides.
 
-    A chunk is never cut, so one that is larger makes a larger block. Supervised student rows that
-    no chunk or pair holds follow in blocks of their own: cross-entropy counts them.
+    A chunk (with `whole_documents`: a document) is never cut, so one that is larger makes a larger
+    block. Supervised student rows that no chunk or pair holds follow in blocks of their own:
+    cross-entropy counts them.
     """
     if not needs.teacher:
         blocks: list[BlockRows] = []
@@ -168,7 +169,12 @@ def _chunk_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[Blo
     ]
     if not needs.teacher_logits:
         rows[1], ends[1] = rows[1][:0], torch.zeros_like(ends[1])
-    starts = [0, *_cuts((ends[0] + ends[1]).cpu().numpy(), block_rows)]
+    stops = torch.arange(1, chunks + 1)  # after which chunks a block may end
+    if needs.whole_documents:
+        stops = batch.document_chunks.cpu().cumsum(0).unique()
+        stops = stops[stops > 0]
+    cuts = _cuts((ends[0] + ends[1]).cpu()[stops - 1].numpy(), block_rows)
+    starts = [0, *stops[[cut - 1 for cut in cuts]].tolist()]
     blocks: list[BlockRows] = []
     for start, end in pairwise(starts):
         student, teacher = (
@@ -180,7 +186,7 @@ def _chunk_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[Blo
 
 
 def _cuts(rows_up_to: IntArray, block_rows: int) -> list[int]:
-    """Ends of runs of chunks with at most `block_rows` rows each, and at least one chunk."""
+    """Ends of runs of pieces with at most `block_rows` rows each, and at least one piece."""
     cuts: list[int] = []
     start, before = 0, 0
     while start < len(rows_up_to):

@@ -21,6 +21,7 @@ from ctdbench.distill.references import Reference
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import Lora, ModelSpec
 from ctdbench.text.token_bytes import NotLossless, TokenBytes
+from ctdbench.text.vocabulary import ids_by_bytes
 
 CONVERSION_VERSION = 1
 
@@ -156,8 +157,11 @@ class Specials:
         )
 
     def pairs(self, other: Specials) -> list[tuple[int, int]]:
-        """(own id, other's id) for every role that both sides fill."""
-        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        """(own id, other's id) for every role that both sides fill; the end first.
+
+        Where one id has two roles, whoever wants one to one keeps its first: texts must end.
+        """
+        both = [(getattr(self, role), getattr(other, role)) for role in ("eos", "bos", "pad", "unk")]
         return [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
 
 
@@ -260,11 +264,9 @@ def transfer_sources(old_tokenizer: Any, new_tokenizer: Any) -> list[list[int]]:
     by role.
     """
     old, new = TokenBytes(old_tokenizer), TokenBytes(new_tokenizer)
-    known: dict[bytes, int] = {}
-    for index, token in enumerate(old.vocabulary):
-        known.setdefault(token, index)
+    known = ids_by_bytes(old.vocabulary)
     roles = Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer))
-    by_role = dict(reversed(roles))  # where one token has two roles, it is BOS or EOS first
+    by_role = dict(reversed(roles))  # where one token has two roles, its first one holds
     sources: list[list[int]] = []
     for index, token in enumerate(new.vocabulary):
         if not token:

@@ -61,7 +61,7 @@ class Teacher:
         in_text = (side.byte_end > side.byte_start) | (side.chunk >= 0)
         token = torch.where(in_text, side.token, -1)
         first = batch.first_bytes()
-        out = torch.zeros(batch.size, ops.BYTES + 1, device=hidden.device)
+        out = torch.zeros(batch.size, ops.BYTES + 1, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(side.position), ROWS_AT_A_TIME):
             lead = min(start, 1)  # `mixed` reads the row before, too
             rows = slice(start - lead, start + ROWS_AT_A_TIME)

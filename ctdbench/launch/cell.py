@@ -60,6 +60,7 @@ def run_cell(
     accelerator = Accelerator()
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     pair = LoadedPair(spec, accelerator.device)
+    create(spec.method, spec.options).check(train.pair_tables(pair.student, pair.teacher))
     if accelerator.is_main_process:
         for method in results.BASELINES:
             _baseline(cell, method, pair, progress=progress)

@@ -89,16 +89,33 @@ def exact_matches(
 ) -> Integers:
     """Ids of byte-equal tokens, [M, 2] (student, teacher), one to one, by student id.
 
-    Several ids with the same bytes count once, by the lowest id on each side; empty ones never.
+    Several ids with the same bytes count once, by the one that is emitted; empty ones never.
     """
-    students, teachers = _lowest_ids(student_vocabulary), _lowest_ids(teacher_vocabulary)
+    students, teachers = ids_by_bytes(student_vocabulary), ids_by_bytes(teacher_vocabulary)
     pairs = [(token, teachers[text]) for text, token in students.items() if text in teachers]
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)
 
 
-def _lowest_ids(vocabulary: Sequence[bytes]) -> dict[bytes, int]:
+def ids_by_bytes(vocabulary: Sequence[bytes]) -> dict[bytes, int]:
+    """Bytes -> the id that a tokenizer emits for them: the lowest of several.
+
+    SentencePiece's byte tokens give way to a piece of the same byte, though their ids are lower: in
+    Mistral's vocabulary that is every ASCII letter and digit.
+    """
+    fallback = _byte_tokens(vocabulary)
     ids: dict[bytes, int] = {}
     for token, text in enumerate(vocabulary):
-        if text:
+        if text and token not in fallback:
             ids.setdefault(text, token)
+    for token in fallback:
+        ids.setdefault(vocabulary[token], token)
     return ids
+
+
+def _byte_tokens(vocabulary: Sequence[bytes]) -> range:
+    """The byte tokens of a SentencePiece vocabulary: 256 ids in a row, byte by byte; or none."""
+    every = [bytes([value]) for value in range(256)]
+    starts = (token for token, text in enumerate(vocabulary) if text == every[0])
+    return next(
+        (range(i, i + 256) for i in starts if list(vocabulary[i : i + 256]) == every), range(0)
+    )

@@ -1,0 +1,264 @@
+"""Documents on both sides: what is paired, what is supervised, what is refused; real tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from wheel_tokenizers import real_documents, wheel_token_bytes, wheel_tokenizer
+
+from ctdbench.distill.corpus import Document, Segment
+from ctdbench.distill.examples import AlignedSide, Example, build_example, build_examples, render
+from ctdbench.distill.models import Specials
+from ctdbench.errors import UserError
+from ctdbench.text.token_bytes import NotLossless
+
+PAIRS = [("mistral", "smollm2"), ("llama3", "qwen"), ("qwen", "mistral")]
+every_pair = pytest.mark.parametrize("names", PAIRS, ids="-".join)
+few = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def side(name: str, **changed: Any) -> Any:
+    """A side without a model; `changed` overrides special tokens by role."""
+    own = wheel_tokenizer(name)
+    specials = {**vars(Specials.of(own)), **changed}
+    return SimpleNamespace(
+        tokenizer=own, tokens=wheel_token_bytes(name), specials=Specials(**specials)
+    )
+
+
+def both(names: Sequence[str]) -> tuple[Any, Any]:
+    return side(names[0]), side(names[1])
+
+
+def plain(*texts: str, complete: bool = True) -> Document:
+    return Document(tuple(Segment(text) for text in texts), complete)
+
+
+def question(prompt: str, answer: str) -> Document:
+    return Document((Segment(prompt, "user", False), Segment(answer, "assistant")))
+
+
+def chunk_bytes(found: Example, own: AlignedSide) -> list[bytes]:
+    """What each chunk's tokens cover of the text."""
+    pieces = [b""] * found.chunks
+    starts, ends = own.sequence.byte_start, own.sequence.byte_end
+    for chunk, start, end in zip(own.chunk, starts, ends, strict=True):
+        if chunk >= 0:
+            pieces[chunk] += found.text[start:end]
+    return pieces
+
+
+def spelled(own: AlignedSide, mask: Any, text: bytes) -> bytes:
+    spans = zip(own.sequence.byte_start[mask], own.sequence.byte_end[mask], strict=True)
+    return b"".join(text[start:end] for start, end in spans)
+
+
+def supervised_text(found: Example, own: AlignedSide) -> bytes:
+    return spelled(own, own.supervised, found.text)
+
+
+def check(found: Example) -> None:
+    """What holds of every example, whatever the text and the template."""
+    pieces = [chunk_bytes(found, own) for own in (found.student, found.teacher)]
+    assert pieces[0] == pieces[1]
+    for own in (found.student, found.teacher):
+        inside = own.chunk[own.chunk >= 0]
+        assert (np.diff(inside) >= 0).all()
+        assert set(inside) == set(range(found.chunks))
+        assert own.supervised[own.chunk >= 0].all()
+        assert own.chunk[0] == -1  # nothing predicts it
+        widths = own.sequence.byte_end - own.sequence.byte_start
+        frame = ~own.sequence.is_text
+        assert not widths[frame].any()
+        assert not own.supervised[frame & (np.arange(len(frame)) != own.sequence.end)].any()
+        assert spelled(own, slice(None), found.text) == found.text
+
+
+texts = st.one_of(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=40),
+    st.lists(
+        st.sampled_from(["naïve ", "  ", "\n", "你好", "12 345", "_x", "👍🏽", "\t", "the"])
+    ).map("".join),
+)
+
+
+@every_pair
+@few
+@given(segments=st.lists(st.tuples(texts, st.booleans()), min_size=1, max_size=3))
+def test_any_document_is_partitioned_or_refused(
+    names: tuple[str, str], segments: list[tuple[str, bool]]
+) -> None:
+    parts = tuple(Segment(text, "user", supervised) for text, supervised in segments if text)
+    if not parts:
+        return
+    document = Document(parts)
+    try:
+        found = build_example(document, *both(names))
+    except NotLossless:
+        return
+    check(found)
+    assert found.text == document.text.encode()
+    allowed = {place for start, end in document.supervised_spans() for place in range(start, end)}
+    for own in (found.student, found.teacher):
+        spans = zip(own.sequence.byte_start, own.sequence.byte_end, strict=True)
+        for (start, end), supervised, is_text in zip(
+            spans, own.supervised, own.sequence.is_text, strict=True
+        ):
+            if is_text and end > start:
+                assert supervised == (set(range(start, end)) <= allowed)
+
+
+@every_pair
+def test_real_text_is_covered_whole(names: tuple[str, str]) -> None:
+    """No text token is lost between the sides, the newline and the first one included."""
+    found, skipped = build_examples(map(plain, filter(None, real_documents()[::40])), *both(names))
+    assert len(found) > 40
+    assert set(skipped) <= {"not spelled byte for byte by a tokenizer"}
+    for example in found:
+        check(example)
+        joined = b"".join(chunk_bytes(example, example.student))
+        if wheel_tokenizer(names[0]).bos_token and wheel_tokenizer(names[1]).bos_token:
+            assert joined == example.text
+        else:
+            assert example.text.endswith(joined)
+
+
+def test_a_bos_on_one_side_only_drops_the_first_chunk_on_both() -> None:
+    document = plain("The fox jumps over it.")
+    with_bos = build_example(document, side("llama3"), side("smollm2"))
+    without = build_example(document, side("llama3"), side("smollm2", bos=None))
+    assert chunk_bytes(without, without.student) == chunk_bytes(with_bos, with_bos.student)[1:]
+    check(without)
+
+
+def test_the_end_tokens_are_a_chunk_of_their_own() -> None:
+    student, teacher = both(("mistral", "smollm2"))
+    found = build_example(plain("It ends."), student, teacher)
+    for own, specials in (
+        (found.student, student.specials),
+        (found.teacher, teacher.specials),
+    ):
+        assert own.sequence.ids[own.chunk == found.chunks - 1].tolist() == [specials.eos]
+        assert own.supervised[-1]
+    cut = build_example(plain("It ends.", complete=False), student, teacher)
+    assert cut.chunks == found.chunks - 1
+    lone = build_example(plain("It ends."), student, side("smollm2", eos=None))
+    assert lone.chunks == cut.chunks
+    assert lone.student.supervised[-1]  # the student still learns to end
+
+
+@every_pair
+def test_prompts_are_not_supervised_and_answers_are(names: tuple[str, str]) -> None:
+    found = build_example(question("What is four and three", "It is 7.\nYes, 7."), *both(names))
+    check(found)
+    for own in (found.student, found.teacher):
+        assert supervised_text(found, own) == b"\nIt is 7.\nYes, 7."
+
+
+def test_a_token_over_prompt_and_answer_is_not_supervised() -> None:
+    """`:\\n\\n` is one token of qwen; the prompt's colon is not to be learnt."""
+    straddling = question("Answer:", "\nIt is 7.")
+    found = build_example(straddling, side("qwen"), side("llama3"))
+    assert supervised_text(found, found.student) == b"It is 7."
+    assert supervised_text(found, found.teacher) == b"It is 7."
+    check(found)
+    trained = b"".join(chunk_bytes(found, found.student))
+    assert b":" not in trained
+    assert trained.endswith(b"It is 7.")
+
+
+@pytest.mark.parametrize("answer", ["\nseven", " seven", "你好"])
+def test_a_lone_sentencepiece_prefix_belongs_to_what_follows(answer: str) -> None:
+    student = side("mistral")
+    found = build_example(plain(answer), student, side("smollm2"))
+    assert (found.student.sequence.byte_end == 0).sum() >= 1
+    check(found)
+    assert b"".join(chunk_bytes(found, found.student)) == answer.encode()
+    prompt = build_example(question(answer, "yes"), student, side("smollm2"))
+    prefix = 1  # after BOS
+    assert prompt.student.sequence.is_text[prefix]
+    assert not prompt.student.supervised[prefix]
+
+
+def test_a_changed_document_is_refused_and_counted() -> None:
+    decomposed = plain("cafe\u0301 au lait")
+    found, skipped = build_examples([decomposed, plain("tea")], side("llama3"), side("qwen"))
+    assert len(found) == 1
+    assert skipped == {"not spelled byte for byte by a tokenizer": 1}
+
+
+def test_a_document_without_a_predicted_chunk_is_counted() -> None:
+    bare = [side("qwen", bos=None, eos=None), side("smollm2", bos=None, eos=None)]
+    found, skipped = build_examples([plain("the")], *bare)
+    assert not found
+    assert skipped == {"no chunk that both sides predict": 1}
+    unsupervised = Document((Segment("prompt", "user", supervised=False),))
+    assert build_examples([unsupervised], *both(PAIRS[0]))[0] == []
+
+
+def test_chinese_without_spaces_is_cut_into_chunks() -> None:
+    text = "从前有座山，山里有座庙，庙里有个老和尚在讲故事。"
+    for names in PAIRS:
+        found = build_example(plain(text), *both(names))
+        check(found)
+        assert found.chunks > 5
+
+
+def test_specials_in_the_text_are_text() -> None:
+    text = "write <|im_end|> or </s> or <|begin_of_text|>"
+    for names in PAIRS:
+        found = build_example(plain(text), *both(names))
+        specials = wheel_tokenizer(names[0]).all_special_ids
+        inner = found.student.sequence.ids[found.student.sequence.is_text]
+        assert not set(inner.tolist()) & set(specials)
+
+
+# --- chat templates ---
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_chat_is_what_the_tokenizers_own_template_gives(name: str) -> None:
+    document = question("Hi there?", "Yes, naïve\none: 你好.")
+    own = side(name)
+    turns = [{"role": part.role, "content": part.text} for part in document.segments]
+    expected = own.tokenizer.apply_chat_template(turns)["input_ids"]
+    sequence = render(document, own, "chat")
+    assert sequence.ids.tolist() == expected
+    assert sequence.ids[sequence.end] == own.specials.eos
+
+
+@every_pair
+@few
+@given(prompt=texts.filter(str.strip), answer=texts.filter(str.strip))
+def test_each_side_has_its_own_template_over_the_same_bytes(
+    names: tuple[str, str], prompt: str, answer: str
+) -> None:
+    try:
+        found = build_example(question(prompt, answer), *both(names), "chat")
+    except NotLossless:
+        return
+    check(found)
+    assert found.text == (prompt + answer).encode()
+    for own in (found.student, found.teacher):
+        assert supervised_text(found, own) == answer.encode()
+    assert b"".join(chunk_bytes(found, found.student)) == answer.encode()
+
+
+def test_a_template_that_cannot_show_the_document_is_an_error_of_one_line() -> None:
+    with pytest.raises(UserError, match=r"train\.template") as caught:
+        render(plain("text"), side("mistral"), "chat")
+    assert "\n" not in str(caught.value)
+    forgetful = side("smollm2")
+    forgetful.tokenizer = SimpleNamespace(
+        chat_template="x", apply_chat_template=lambda turns, **_: turns[-1]["content"]
+    )
+    with pytest.raises(UserError, match="leaves a segment out"):
+        render(question("a", "b"), forgetful, "chat")
