@@ -19,14 +19,14 @@ mixed (default), path: one teacher forward (`ops.byte_distributions`); beam: the
 once a document (`ctdbench.distill.byte_beam`). `end_bin` (arXiv 2609.12303): path with a bin for
 the tokens that end.
 
-The paper does not say how it reduces: `slot_mean` (default) is the mean over all slots of the
+The paper's start and learning rate of the heads are not known; here they start at zero, with a rate
+of 1e-3. It does not say how it reduces: `slot_mean` (default) is the mean over all slots of the
 batch, `token_sum` the sum over a token's slots, mean over tokens. Trap: a head that reads the
 state after the token has seen its label; `student.hidden` of row r is the state before token r.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -74,7 +74,7 @@ class BLDOptions(MethodOptions):
     )
     slots: int = Field(10, ge=1, description="Number of heads; later bytes are not supervised.")
     head_learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of the byte heads; none: the student's."
+        1e-3, gt=0, description="Learning rate of the byte heads; none: the student's."
     )
 
     @model_validator(mode="after")
@@ -85,13 +85,15 @@ class BLDOptions(MethodOptions):
 
 
 class ByteHeads(nn.Module):
-    """`slots` linear heads width -> 260: weight [slots, 260, width], bias [slots, 260]."""
+    """`slots` linear heads width -> 260: weight [slots, 260, width], bias [slots, 260].
+
+    They start at zero: a random head would first of all push its noise into the student's states.
+    """
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(max(width, 1))  # as nn.Linear
-        self.weight = nn.Parameter(torch.empty(slots, CLASSES, width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(slots, CLASSES).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.zeros(slots, CLASSES, width))
+        self.bias = nn.Parameter(torch.zeros(slots, CLASSES))
 
     def forward(self, hidden: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         """Logits [S, 260] of head slot[s] at hidden[row[s]]; `slot` ascends, hidden [R, width]."""

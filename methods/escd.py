@@ -2,7 +2,7 @@
 
 A teacher token that the student has to spell in several of its own is an event: entered with the
 first of them, then completed. Two terms, each a mean over its rows:
-bpm         where both sides start at the same byte: the divergence of `bpm`, on these rows alone.
+bpm         where both sides start at the same byte: the KL of `bpm`, on these rows alone.
 completion  where the student's token starts inside a teacher token, r its bytes so far. The
             teacher's tokens that start with r, are longer, and have no byte-equal student token are
             grouped by the prefix relation: a group is a shortest one, y, and all that y begins. It
@@ -22,20 +22,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from ctdbench_methods.bpm import (
-    BPM,
-    BPMOptions,
-    Starts,
-    prefix_maps,
-    prefix_scores,
-    segment_logsumexp,
-    token_starts,
-)
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
-from ctdbench.method import Block, Term
+from ctdbench import ops, prefix_ops
+from ctdbench.method import Block, Method, MethodOptions, Term
+from ctdbench.prefix_ops import Starts
 
 META = {
     "title": "ESCD: byte-prefix marginalization, and the completion of entered teacher tokens",
@@ -46,13 +38,20 @@ META = {
 }
 
 
-class ESCDOptions(BPMOptions):
-    """Options of `escd`: those of `bpm` for the rows where both sides start, and a weight."""
+class ESCDOptions(MethodOptions):
+    """Options of `escd`."""
 
+    ce_weight: float = Field(
+        0.0, ge=0, description="Weight of cross-entropy on the student's own tokens."
+    )
+    weight: float = Field(1.0, ge=0, description="Weight of the KL where both sides start.")
     completion_weight: float = Field(1.0, ge=0, description="Weight of the completion term.")
+    drop_whitespace: bool = Field(
+        True, description="Leave out rows whose token is only spaces or tabs."
+    )
 
 
-class ESCD(BPM):
+class ESCD(Method):
     """`bpm` where both sides start, the mass of completions where the student is inside."""
 
     Options = ESCDOptions
@@ -65,22 +64,21 @@ class ESCD(BPM):
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`bpm`: nats and rows; `completion`: the same for the rows inside a teacher token."""
         entered, inside = self._split(block)
-        count = inside.student.new_tensor(len(inside.student))
-        return {
-            "bpm": self.matched(block, entered),
-            "completion": Term(completion(block, inside), count),
+        totals = {
+            "bpm": prefix_ops.divergences(block, entered).sum(),
+            "completion": completion(block, inside),
         }
+        counts = self.counts(block)
+        return {name: Term(total, counts[name]) for name, total in totals.items()}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Rows of each kind."""
-        entered, inside = (starts.student for starts in self._split(block))
-        return {
-            "bpm": entered.new_tensor(len(entered)),
-            "completion": inside.new_tensor(len(inside)),
-        }
+        rows = (starts.student for starts in self._split(block))
+        names = ("bpm", "completion")
+        return {name: row.new_tensor(len(row)) for name, row in zip(names, rows, strict=True)}
 
     def _split(self, block: Block) -> tuple[Starts, Starts]:
-        starts = token_starts(block, self.options.drop_whitespace)
+        starts = prefix_ops.token_starts(block, self.options.drop_whitespace)
         inside = starts.emitted > 0
         return starts.picked(~inside), starts.picked(inside)
 
@@ -92,7 +90,7 @@ def completion(block: Block, starts: Starts) -> Tensor:
     group, offset = ops.ragged(tables.high[node] - tables.low[node])
     token = tables.order[tables.low[node][group] + offset]
     scores = block.student.scores()[starts.student].float().log_softmax(-1)
-    completed = segment_logsumexp(scores[event[group], token], group, len(node))
+    completed = prefix_ops.segment_logsumexp(scores[event[group], token], group, len(node))
     return -(masses * completed).sum()
 
 
@@ -104,10 +102,12 @@ def teacher_events(block: Block, starts: Starts) -> tuple[Tensor, Tensor, Tensor
     trie at which the missing bytes end.
     """
     taught = block.taught()
-    maps = prefix_maps(block.pair, taught.token.device)
+    maps = prefix_ops.prefix_maps(block.pair, taught.token.device)
     logits = taught.scores()[starts.rows].float()
     token = taught.token[starts.rows][starts.first]
-    event, word, score = prefix_scores(block.pair, logits, starts.first, token, starts.emitted)
+    event, word, score = prefix_ops.prefix_scores(
+        block.pair, logits, starts.first, token, starts.emitted
+    )
     longer = ops.token_lengths(block.pair.teacher_trie, word) > starts.emitted[event]
     kept = longer & (maps.nested[word] >= 0)
     event, word, score = event[kept], word[kept], score[kept]

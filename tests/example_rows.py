@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctdbench.method import Block, Method, PairTables, Rows
+from ctdbench.method import Block, Method, PairInfo, PairTables, Rows
 
 # documents "abab\xc3\xa9" and "baa"; the student has a dummy prefix on the second
 STUDENT = [b"", b"a", b"b", b"ab", b"\xc3", b"\xa9", b" ba", b"abab\xc3\xa9b", b" ", b""]
@@ -62,9 +62,10 @@ def block_of(student: Rows, teacher: Rows | None, distributions: Tensor | None =
 
 
 def byte_heads(method: Method) -> torch.nn.Module:
-    class Sizes:
-        student_width = teacher_width = WIDTH
-        tables = PAIR
-
-    torch.manual_seed(0)
-    return method.modules(Sizes())["heads"].module
+    """The heads of `bld` with weights as after some training; they start at zero."""
+    heads = method.modules(PairInfo(WIDTH, WIDTH, PAIR))["heads"].module
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return heads

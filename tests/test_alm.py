@@ -252,7 +252,7 @@ def mass(scores: list[list[float]], row: int | None, ids: list[int]) -> float:
     return 1.0 if row is None else sum(math.exp(scores[row][v]) for v in ids)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     text_cases(),
     st.sampled_from([None, 0.1, 0.5]),
@@ -285,7 +285,7 @@ def projection(method: Method) -> dict[str, torch.nn.Module]:
 
 def values(method: Method, case: Case) -> dict[str, float]:
     return {
-        name: float(mean(term))
+        name: float(mean(term).detach())
         for name, term in method.terms(case.block, projection(method)).items()
     }
 

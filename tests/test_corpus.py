@@ -201,6 +201,8 @@ def test_pieces_join_to_the_document(
 def test_pieces_end_before_a_space_where_there_is_one() -> None:
     document = Document((Segment("one two three four five six"),))
     assert [piece.text for piece in cut(document, 16)] == ["one two three", " four five six"]
+    whole = Document((Segment("twelve bytes"), Segment("unbreakable")))
+    assert [piece.text for piece in cut(whole, 16)] == ["twelve bytes", "unbreakable"]
     assert [piece.text for piece in cut(Document((Segment("你好" * 8),)), 16)] == [
         "你好你好你",
         "好你好你好",

@@ -99,7 +99,7 @@ def test_two_processes_train_as_one(name: str, two_processes: Path, tmp_path: Pa
     assert found[0].keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[0][key], found[1][key]), f"the processes differ in {key}"
-        torch.testing.assert_close(found[0][key], value, rtol=0, atol=1e-5, msg=key)
+        torch.testing.assert_close(found[0][key], value, rtol=0, atol=1e-5)
     assert losses(two_processes / name) == pytest.approx(losses(tmp_path), rel=1e-5)
     kept = sorted((two_processes / name / "checkpoints").iterdir())
     assert [path.name for path in kept] == ["step-0000002"]

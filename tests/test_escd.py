@@ -61,7 +61,7 @@ def slow_completion(case: Case, r: int, row: int, emitted: int) -> float:
     return total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text_cases())
 def test_escd_is_its_definition(case: Case) -> None:
     found = probe(

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ctdbench_methods.h_kl import HKL, HKLOptions
 from hypothesis import given, settings
 from random_rows import Case, cases, check_graph, check_invariants, terms
 from torch import Tensor
 from xtoken_rows import RELAXED, STRICT, check_golden, golden_cases, identity, with_matrix
 
-from ctdbench.method import create, probe_gradient
+from ctdbench.method import probe_gradient
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {},
@@ -32,9 +33,12 @@ def test_h_kl_reproduces_the_authors_numbers(case: dict[str, Any]) -> None:
     check_golden("h-kl", case, options, parts)
 
 
-def slow_h_kl(case: Case, logits: Tensor, options: dict[str, Any]) -> Tensor:
+def h_kl(options: dict[str, Any]) -> HKL:
+    return HKL(HKLOptions(**options))
+
+
+def slow_h_kl(case: Case, logits: Tensor, chosen: HKLOptions) -> Tensor:
     """The loss without CE, chunk by chunk and token by token."""
-    chosen = create("h-kl", options).options
     pairs = STRICT if chosen.partition == "strict" else RELAXED
     teacher, losses = case.teacher.scores().double(), []
     for own_rows, taught_rows in (chunk for chunks in case.chunks for chunk in chunks):
@@ -58,40 +62,40 @@ def slow_h_kl(case: Case, logits: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=cases().map(with_matrix))
 def test_h_kl_is_its_formula(options: dict[str, Any], case: Case) -> None:
     leaf = case.student.scores().double().requires_grad_()
-    expected = slow_h_kl(case, leaf, options)
+    method = h_kl({**options, "ce_weight": 0.0})
+    expected = slow_h_kl(case, leaf, method.options)
     (gradient,) = torch.autograd.grad(expected, leaf)
-    options = {**options, "ce_weight": 0.0}
-    values, found = probe_gradient("h-kl", case.student, case.teacher, case.pair, **options)
+    values, found = probe_gradient(method, case.student, case.teacher, case.pair)
     assert values["loss"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     np.testing.assert_allclose(found, gradient.numpy(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(case=cases())
 def test_h_kl_invariants(options: dict[str, Any], case: Case) -> None:
-    check_invariants(create("h-kl", options), case)
+    check_invariants(h_kl(options), case)
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS)
 @settings(max_examples=8, deadline=None)
 @given(case=cases(one_tokenizer=True).map(identity))
 def test_h_kl_of_the_teacher_itself_is_zero(options: dict[str, Any], case: Case) -> None:
-    found = terms(create("h-kl", options), case.block)
+    found = terms(h_kl(options), case.block)
     assert max(map(abs, found.values())) < 1e-6
 
 
 def test_h_kl_does_not_loop_over_chunks() -> None:
-    check_graph(create("h-kl"))
+    check_graph(h_kl({}))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=cases().map(with_matrix))
 def test_h_kl_trains_the_student_alone(case: Case) -> None:
     leaf = case.teacher.scores().clone().requires_grad_()
     block = replace(case.block, teacher=replace(case.teacher, logits=leaf))
-    assert not any(term.total.requires_grad for term in create("h-kl").terms(block, {}).values())
+    assert not any(term.total.requires_grad for term in h_kl({}).terms(block, {}).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ctdbench_methods.p_kl import PKL, PKLOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import Case, case_of, cases, check_graph, check_invariants, picked, terms
 from torch import Tensor
-from wheel_tokenizers import wheel_token_bytes
+from wheel_tokenizers import wheel_file, wheel_token_bytes
 from xtoken_rows import INDICES, WEIGHTS, check_golden, golden_cases, identity, with_matrix
 
-from ctdbench.method import Method, PairInfo, PairTables, Rows, create, probe, probe_gradient
+from ctdbench.method import PairInfo, PairTables, Rows, probe, probe_gradient
 from ctdbench.text.projection import build_projection, encoder
 
 CONFIGURATIONS: list[dict[str, Any]] = [
@@ -38,9 +40,12 @@ def test_p_kl_reproduces_the_authors_numbers(case: dict[str, Any], projection: s
     )
 
 
-def slow_p_kl(case: Case, logits: Tensor, matrix: Tensor, options: dict[str, Any]) -> Tensor:
+def p_kl(options: dict[str, Any]) -> PKL:
+    return PKL(PKLOptions(**options))
+
+
+def slow_p_kl(case: Case, logits: Tensor, matrix: Tensor, chosen: PKLOptions) -> Tensor:
     """The loss without CE, chunk by chunk; matrix [V_S, V_T]."""
-    chosen = create("p-kl", options).options
     teacher, losses = case.teacher.scores().double(), []
     top = sorted(range(teacher.shape[1]), key=lambda v: -teacher[:, v].max())[: chosen.vocab_topk]
     for own_rows, taught_rows in (chunk for chunks in case.chunks for chunk in chunks):
@@ -62,37 +67,36 @@ def dense(weights: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=cases().map(with_matrix))
 def test_p_kl_is_its_formula(options: dict[str, Any], case: Case) -> None:
     leaf = case.student.scores().double().requires_grad_()
     matrix = dense(torch.tensor(WEIGHTS, dtype=torch.float64))
-    expected = slow_p_kl(case, leaf, matrix, options)
+    method = p_kl({**options, "ce_weight": 0.0})
+    expected = slow_p_kl(case, leaf, matrix, method.options)
     (gradient,) = torch.autograd.grad(expected, leaf)
-    options = {**options, "ce_weight": 0.0}
-    values, found = probe_gradient("p-kl", case.student, case.teacher, case.pair, **options)
+    values, found = probe_gradient(method, case.student, case.teacher, case.pair)
     assert values["loss"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     np.testing.assert_allclose(found, gradient.numpy(), rtol=1e-3, atol=1e-6)
 
 
-def learned(options: dict[str, Any], pair: PairTables) -> tuple[Method, torch.nn.Module]:
-    method = create("p-kl", {**options, "projection": "learned"})
+def learned(pair: PairTables) -> tuple[PKL, torch.nn.Module]:
+    method = p_kl({"vocab_topk": 5, "projection": "learned"})
     trainable = method.modules(PairInfo(0, 0, pair))["projection"]
     assert trainable.learning_rate == 0.01
     return method, trainable.module
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=cases().map(with_matrix), seed=st.integers(0, 99))
 def test_a_learned_projection_is_softmaxed_over_the_row(case: Case, seed: int) -> None:
     """Loss and gradient of the log-weights; a row without entries stays empty."""
-    options = {"vocab_topk": 5}
-    method, module = learned(options, case.pair)
+    method, module = learned(case.pair)
     torch.testing.assert_close(module(), torch.tensor(WEIGHTS, dtype=torch.float32))
     leaf = torch.randn(8, 2, generator=torch.Generator().manual_seed(seed)).double()
     leaf.requires_grad_()
     weights = leaf.masked_fill(torch.tensor(INDICES) < 0, -torch.inf).softmax(-1).nan_to_num()
-    expected = slow_p_kl(case, case.student.scores().double(), dense(weights), options)
+    expected = slow_p_kl(case, case.student.scores().double(), dense(weights), method.options)
     module.load_state_dict({"log_weights": leaf.detach().float()})
     term = method.terms(case.block, {"projection": module})["kl"]
     total = term.total / term.count.clamp(min=1)
@@ -103,10 +107,10 @@ def test_a_learned_projection_is_softmaxed_over_the_row(case: Case, seed: int) -
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(case=cases())
 def test_p_kl_invariants(options: dict[str, Any], case: Case) -> None:
-    check_invariants(create("p-kl", options), case)
+    check_invariants(p_kl(options), case)
 
 
 @pytest.mark.parametrize("options", [*CONFIGURATIONS[2:], {"temperature": 2.0}])
@@ -116,18 +120,18 @@ def test_p_kl_of_the_teacher_itself_is_zero(options: dict[str, Any], case: Case)
     """On chunks of one row: a mean of logarithms is no logarithm of a mean."""
     if options.get("merge") != "chain":
         case = case_of([[(1, 1)] * len(chunks) for chunks in case.chunks], one_tokenizer=True)
-    found = terms(create("p-kl", {**options, "vocab_topk": 8}), identity(case).block)
+    found = terms(p_kl({**options, "vocab_topk": 8}), identity(case).block)
     assert abs(found["kl"]) < 1e-6
 
 
 def test_p_kl_does_not_loop_over_chunks() -> None:
-    check_graph(create("p-kl"))
+    check_graph(p_kl({}))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(case=cases(), cut=st.integers(0, 9))
 def test_the_top_tokens_are_the_batchs_wherever_it_is_cut(case: Case, cut: int) -> None:
-    method = create("p-kl")
+    method = p_kl({})
     assert method.needs.prepare == "batch"
     rows = torch.arange(len(case.teacher.token))
     parts = [method.prepare(picked(case.teacher, part)) for part in (rows[:cut], rows[cut:])]
@@ -152,9 +156,10 @@ def test_p_kl_compares_the_top_tokens_alone() -> None:
 
 @lru_cache
 def numeral_tables() -> PairTables:
-    """Llama 3's vocabulary and Qwen's; W by Qwen's own tokenizer, without the reverse pass."""
-    own, taught = (wheel_token_bytes(name) for name in ("llama3", "qwen"))
-    vocabularies = (own.vocabulary, taught.vocabulary)
+    """Llama 3's tokens and Qwen's tokenizer, which cuts them for W; no reverse pass."""
+    lines = wheel_file("llama3").read_bytes().splitlines()
+    taught = wheel_token_bytes("qwen")
+    vocabularies = ([base64.b64decode(line.split()[0]) for line in lines], taught.vocabulary)
     projection = build_projection(*vocabularies, encode_teacher=encoder(taught), reverse_pass=False)
     return PairTables.build(*vocabularies, projection=projection)
 

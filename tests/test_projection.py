@@ -140,7 +140,7 @@ def slow_projection(
 words = st.lists(st.binary(max_size=4).map(lambda b: bytes(v % 3 + 97 for v in b)), max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(student=words, teacher=words, cut=st.integers(1, 4), top_k=st.integers(1, 4))
 def test_projection_is_its_rule(
     student: list[bytes], teacher: list[bytes], cut: int, top_k: int
@@ -157,7 +157,7 @@ def test_projection_is_its_rule(
             assert row == pytest.approx(wanted, rel=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=words, vocabulary=words, count=st.integers(1, 4))
 def test_longest_matches_are_greedy(
     texts: list[bytes], vocabulary: list[bytes], count: int
@@ -167,7 +167,7 @@ def test_longest_matches_are_greedy(
         assert [token for token in row if token >= 0] == slow_cut(text, vocabulary, count)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(
         st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.75, 1.0]), max_size=2), min_size=1
