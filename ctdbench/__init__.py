@@ -1,3 +1,3 @@
-"""ctdbench: many cross-tokenizer distillation methods, one harness, one evaluation, honest tables."""
+"""Cross-tokenizer distillation: many methods, one harness, one evaluation, honest tables."""
 
 __version__ = "0.1.0"

@@ -265,6 +265,8 @@ def project(
 
     The matrix has the entries weight[e] at (source[e], target[e]), [E] each, in any order.
     """
+    if not len(probabilities):  # no rows would be an embedding without dimensions
+        return probabilities.new_zeros(0, columns)
     order = target.argsort(stable=True)
     sizes = torch.bincount(target, minlength=columns)
     return nn.functional.embedding_bag(

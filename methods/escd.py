@@ -111,7 +111,7 @@ def teacher_events(block: Block, starts: Starts) -> tuple[Tensor, Tensor, Tensor
     longer = ops.token_lengths(block.pair.teacher_trie, word) > starts.emitted[event]
     kept = longer & (maps.nested[word] >= 0)
     event, word, score = event[kept], word[kept], score[kept]
-    # in the order of bytes a token directly follows those that it starts with, or their others
+    # in the order of bytes a group follows its shortest token (equal ones share a group's loss)
     shortest = maps.nested[word] <= starts.emitted[event]
     group = shortest.cumsum(0) - 1
     norm = logits.logsumexp(-1)[starts.first]

@@ -143,8 +143,9 @@ class PKL(Method):
         return {"kl": own.new_tensor(ops.shared_chunks(own, taught, block.chunks)[2])}
 
     def _columns(self, block: Block) -> tuple[Tensor, Tensor]:
-        """The teacher's tokens that are compared, [K], of equal ones the lower ids; and each
-        token's place among them, [V_T + 1], -1 for none (and for id -1)."""
+        """The teacher's tokens that are compared, [K], of equal logits the lower ids; and the place
+        of every token among them, [V_T + 1], -1 for none, the last one for id -1.
+        """
         if block.batch is None:
             raise TypeError("p-kl chooses its tokens from the whole batch; see Needs(prepare=..)")
         order = block.batch.sort(descending=True, stable=True).indices

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from tiny_models import bpe_tokenizer, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctdbench.distill import tiny, train
 from ctdbench.distill.batches import Batch, collate
@@ -40,6 +41,16 @@ WORDS = (
     "again, and",
     "\n\tnaïve 👍",
 )
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Modules and quotients of counts in float64 within, so that only the order of sums differs."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @lru_cache
@@ -106,6 +117,8 @@ def network_of(method: Method, student: Side, teacher: Side) -> Network:
     torch.manual_seed(3)
     extras = method.modules(PairInfo(student.width, teacher.width, tables))
     modules = {name: extra.module.to(student.model.dtype) for name, extra in extras.items()}
+    for parameter in nn.ModuleDict(modules).parameters():
+        nn.init.normal_(parameter, std=0.3)  # heads that start at zero would hide mistakes
     return Network(student.model, len(student.tokens.vocabulary), modules)
 
 

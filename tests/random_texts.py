@@ -59,14 +59,14 @@ class _Side(NamedTuple):
 
 @st.composite
 def text_cases(
-    draw: st.DrawFn, *, one_tokenizer: bool = False, width: int = 0, most: int = 3
+    draw: st.DrawFn, *, one_tokenizer: bool = False, width: int = 0, least: int = 1
 ) -> Case:
-    """Random cases of up to `most` documents; with `width`, rows carry states of so many channels.
+    """Random cases of `least` to 3 documents; with `width`, rows carry states of so many channels.
 
     Documents may lack an end token, a row after their last chunk, or their first chunk; a side may
     put a space before the text, as SentencePiece does.
     """
-    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=most))
+    lengths = draw(st.lists(st.integers(1, 9), min_size=least, max_size=3))
     return text_case(draw(st.integers(0, 9999)), lengths, one_tokenizer=one_tokenizer, width=width)
 
 
@@ -90,11 +90,11 @@ def text_case(
 
 
 def vocabulary(chance: random.Random) -> list[bytes]:
-    """Two specials, all single bytes, some longer tokens, one of them twice."""
+    """Two specials, all single bytes, some longer tokens, the longest one twice."""
     longer = [bytes(chance.choices(ALPHABET, k=chance.choice((2, 2, 3, 4)))) for _ in range(9)]
     words = [bytes([value]) for value in ALPHABET] + sorted(set(longer))
     chance.shuffle(words)
-    return [b"", b"", *words, words[0]]
+    return [b"", b"", *words, max(words, key=len)]
 
 
 def _document(

@@ -281,7 +281,7 @@ def test_extreme_logits_are_finite(divergence: str) -> None:
     other = replace(rows, logits=torch.randn(3, 3))
     pair = PairTables.build(words, [*words, b""], [(0, 0)])  # a special that only the teacher has
     values, gradient = probe_gradient(method, rows, other, pair)
-    assert math.isfinite(values["bpm"])
+    assert 0 < values["bpm"] < 30
     assert np.isfinite(gradient).all()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from harness_setup import documents, llama_side, parameters_of, run_spec, setting_of
+from harness_setup import documents, float64, llama_side, parameters_of, run_spec, setting_of
 from safetensors.torch import load_file, save_file
 
 from ctdbench.distill import train
@@ -30,13 +30,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bld-full": ("bld", {"tied": True}),
     "bld-lora": ("bld", {"tied": True, "lora": True}),
     "bld-lora-untied": ("bld", {"lora": True}),
+    "gold-full": ("gold", {}),
+    "p-kl-full": ("p-kl", {}),
+    "alm-full": ("alm", {}),
 }
 
 
-def float64(side: Side) -> Side:
+def exact(side: Side) -> Side:
     return replace(side, model=side.model.double())
 
 
+@float64()
 def train_case(name: str, folder: Path) -> dict[str, torch.Tensor]:
     """Train a case from its start with this process's share; the parameters at the end."""
     method, settings = CASES[name]
@@ -50,8 +54,8 @@ def train_case(name: str, folder: Path) -> dict[str, torch.Tensor]:
         learning_rate=1e-3,
         checkpoint_every=2,
     )
-    student = float64(llama_side("student", tie_word_embeddings=settings.get("tied", False)))
-    setting = setting_of(spec, student, float64(llama_side("teacher")))
+    student = exact(llama_side("student", tie_word_embeddings=settings.get("tied", False)))
+    setting = setting_of(spec, student, exact(llama_side("teacher")))
     setting = replace(setting, corpus=corpus)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
@@ -85,7 +89,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

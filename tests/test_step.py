@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from harness_setup import (
     METHODS,
     batch_of,
     examples,
+    float64,
     float64_side,
     gradients,
     llama_side,
@@ -140,16 +141,9 @@ def teacher_byte_rows(step: Step, example: Example, targets: Tensor) -> dict[int
     return {first + place: row.to(targets) for place, row in enumerate(rows)}
 
 
-@pytest.fixture
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)  # the quotient of two counts is of this type
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("block_rows", [8, 40, 10_000])
 @every_method
+@float64()
 def test_streamed_equals_unstreamed(name: str, options: dict[str, Any], block_rows: int) -> None:
     sides = {"student": float64_side("student"), "teacher": float64_side("teacher")}
     step = make_step(name, options, **sides, block_rows=block_rows)
@@ -158,7 +152,7 @@ def test_streamed_equals_unstreamed(name: str, options: dict[str, Any], block_ro
     step.network.zero_grad(set_to_none=True)
     loss = plain_loss(step, found)
     loss.backward()
-    exact = name != "bld"  # its heads compute in float32
+    exact = name != "bld"  # its softmax is in float32
     tolerance = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(torch.tensor(report.loss), loss.detach(), **tolerance)
     for key, parameter in step.network.named_parameters():

@@ -15,6 +15,7 @@ from harness_setup import (
     IDS,
     METHODS,
     documents,
+    float64,
     float64_side,
     llama_side,
     parameters_of,
@@ -42,12 +43,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS, ids=IDS)
+@float64()
 def test_micro_batches_change_no_trajectory(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """1 x accumulate 8 = 8 x 1, over several optimiser steps."""
     losses, ends = [], []
-    atol = 5e-5 if name == "bld" else 5e-6  # bld's heads compute in float32
     for size, rows in ((None, 512), (1, 8)):
         folder = tmp_path / str(size)
         spec = run_spec(name, options, micro_batch=size, block_rows=rows)
@@ -58,7 +59,7 @@ def test_micro_batches_change_no_trajectory(
     assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-2)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     for key, value in ends[1].items():
-        torch.testing.assert_close(value, ends[0][key], rtol=0, atol=atol, msg=key)
+        torch.testing.assert_close(value, ends[0][key], rtol=0, atol=5e-6, msg=key)
 
 
 # --- checkpoints ---

@@ -145,6 +145,8 @@ def plan_blocks(batch: Batch, needs: Needs, block_rows: int) -> list[BlockRows]:
     block. Supervised student rows that no chunk or pair holds follow in blocks of their own:
     cross-entropy counts them.
     """
+    if needs.kind == "scalars":
+        return all_rows(batch.student, int(batch.document_chunks.sum()), block_rows)
     if not needs.teacher:
         blocks: list[BlockRows] = []
         covered = torch.zeros_like(batch.student.supervised)
@@ -158,6 +160,13 @@ def plan_blocks(batch: Batch, needs: Needs, block_rows: int) -> list[BlockRows]:
     return blocks + [
         BlockRows(part, none, 0, 0, pairs) for part in loose.split(block_rows) if len(part)
     ]
+
+
+def all_rows(side: SideBatch, chunks: int, block_rows: int) -> list[BlockRows]:
+    """Every row of one side in runs of `block_rows`, for what reads each row by itself."""
+    rows = torch.arange(len(side.position), device=side.position.device)
+    none = rows.new_empty(0)
+    return [BlockRows(part, none, 0, chunks, None) for part in rows.split(block_rows) if len(part)]
 
 
 def _chunk_blocks(batch: Batch, needs: Needs, block_rows: int) -> tuple[list[BlockRows], Tensor]:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-PROMPTS = Path(__file__).parent / "embedded" / "prompts.yaml"
+from ctdbench.distill.references import PROMPTS
+from ctdbench.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class _TopKSampler:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores [B, V] -> 0 at the drawn token, -inf elsewhere."""
-        best = scores.topk(self.sampling.top_k, dim=-1)
+        best = scores.topk(min(self.sampling.top_k, scores.shape[-1]), dim=-1)
         probabilities = (best.values.float() / self.sampling.temperature).softmax(-1)
         drawn = best.indices.gather(1, torch.multinomial(probabilities, 1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
@@ -123,6 +124,7 @@ def generate_corpus(
             yield document
         if size >= target_bytes:
             return
+    raise UserError(f"the prompts are used up after {size} bytes", "ask for less, or add prompts")
 
 
 def prompt_batches(sampling: Sampling) -> list[list[tuple[str, str]]]:

@@ -105,7 +105,7 @@ def _derived_name(path: Path) -> str:
 
 
 def _tiny_folder(source: Reference) -> Path:
-    name = f"{source.name}-{CONVERSION_VERSION}"
+    name = f"{references.content(source)}-{CONVERSION_VERSION}"
     return _cached_folder("tiny", name, lambda folder: tiny.make(source.name, folder))
 
 
@@ -161,7 +161,9 @@ class Specials:
 
         Where one id has two roles, whoever wants one to one keeps its first: texts must end.
         """
-        both = [(getattr(self, role), getattr(other, role)) for role in ("eos", "bos", "pad", "unk")]
+        both = [
+            (getattr(self, role), getattr(other, role)) for role in ("eos", "bos", "pad", "unk")
+        ]
         return [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -28,15 +28,26 @@ from ctdbench.distill.batches import (
     Batch,
     BlockRows,
     SideBatch,
+    all_rows,
     pairs_per_document,
     plan_blocks,
 )
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
 from ctdbench.errors import RunError
-from ctdbench.method import Block, Method, PairTables, Rows, cross_entropy
+from ctdbench.method import (
+    Block,
+    Method,
+    PairTables,
+    Rows,
+    Scalars,
+    SideName,
+    Term,
+    cross_entropy,
+)
 
 CE = "ce"
+Number = TypeVar("Number", float, Tensor)
 
 
 class Network(nn.Module):
@@ -73,12 +84,19 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _Sides:
-    """What the blocks of one micro-batch are cut from; `teacher` are its states [B * L, d]."""
+    """What the blocks of one micro-batch are cut from.
+
+    teacher: its states [B * L, d]. prepared: what `Method.prepare` made of the teacher's rows.
+    scalars: the teacher's, for a method of that kind; totals: `Method.totals`, over everything.
+    """
 
     batch: Batch
     per_document: Tensor
-    teacher: Tensor | None
-    bytes: Tensor | None
+    teacher: Tensor | None = None
+    bytes: Tensor | None = None
+    prepared: Tensor | None = None
+    scalars: Scalars | None = None
+    totals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,13 +138,18 @@ class Step:
         loss does not count. Raises RunError for a loss that is not finite.
         """
         plans = [[] if idle else self._plan(batch) for batch in batches]
-        counts = self._reduced(self._counts(batches, plans))
+        known = self._known_in_advance(batches, idle=idle)
+        counts = self._reduced(self._counts(known, plans))
+        counts |= {name: float(total) for name, total in known[0].totals.items() if not total.ndim}
         sums = _Sums(defaultdict(float), defaultdict(float))
-        for index, (batch, blocks) in enumerate(zip(batches, plans, strict=True)):
+        for index, (sides, blocks) in enumerate(zip(known, plans, strict=True)):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                self._micro_batch(batch, blocks, counts, sums)
-        _check_counts(counts, self._reduced(sums.counts))
+                self._micro_batch(sides, blocks, counts, sums)
+        seen = self._reduced(sums.counts)
+        if self.method.needs.kind == "scalars":  # whose totals may hold more than counts
+            counts = {name: count for name, count in counts.items() if name in seen}
+        _check_counts(counts, seen)
         terms = self._reduced(dict.fromkeys(counts, 0.0) | dict(sums.totals))
         means = {
             name: total / counts[name] if counts[name] else 0.0 for name, total in terms.items()
@@ -144,13 +167,70 @@ class Step:
             return self.method.options.ce_weight
         return self.method.weights().get(name, 1.0)
 
+    def _known_in_advance(self, batches: Sequence[Batch], *, idle: bool) -> list[_Sides]:
+        """What has to be known of every micro-batch before the first gradient is taken."""
+        needs = self.method.needs
+        known = [_Sides(batch, pairs_per_document(batch, needs)) for batch in batches]
+        if self.teacher is None or not (needs.prepare or needs.kind == "scalars"):
+            return known
+        known = [replace(side, teacher=self.teacher.hidden(side.batch.teacher)) for side in known]
+        if needs.kind == "scalars":
+            if not idle:
+                known = [replace(sides, scalars=self._teacher_scalars(sides)) for sides in known]
+            totals = self._totals(known)
+            known = [replace(sides, totals=totals) for sides in known]
+        if needs.prepare:
+            made = [self._prepared(sides) for sides in known]
+            if needs.prepare == "batch":
+                highest = self.accelerator.gather(torch.stack(made).amax(0)[None]).amax(0)
+                made = [highest] * len(made)
+            known = [
+                replace(sides, prepared=value) for sides, value in zip(known, made, strict=True)
+            ]
+        return known
+
+    @torch.no_grad()
+    def _prepared(self, sides: _Sides) -> Tensor:
+        parts = [self.method.prepare(rows) for rows in self._teacher_rows(sides)]
+        return torch.stack(parts).amax(0)
+
+    @torch.no_grad()
+    def _teacher_scalars(self, sides: _Sides) -> Scalars:
+        values = [self._scalars(rows, "teacher") for rows in self._teacher_rows(sides)]
+        side = sides.batch.teacher
+        (whole,) = all_rows(side, int(sides.batch.document_chunks.sum()), len(side.position))
+        return Scalars(torch.cat(values), _rows(side, whole.student, whole))
+
+    def _totals(self, known: Sequence[_Sides]) -> dict[str, Tensor]:
+        """What the method sums over the global batch."""
+        sums: dict[str, Tensor] = {}
+        for sides in known:
+            if sides.scalars is not None:
+                for name, total in self.method.totals(self._bare(sides), sides.scalars).items():
+                    sums[name] = total + sums[name] if name in sums else total
+        return self._reduced(sums)
+
+    def _teacher_rows(self, sides: _Sides) -> Iterator[Rows]:
+        """All of the teacher's rows with their logits, a block at a time."""
+        side = sides.batch.teacher
+        assert self.teacher is not None
+        assert sides.teacher is not None
+        for part in all_rows(side, int(sides.batch.document_chunks.sum()), self.block_rows):
+            states = sides.teacher[side.position[part.student]]
+            hidden = states if self.method.needs.teacher_hidden else None
+            rows = _rows(side, part.student, part)
+            yield replace(rows, logits=self.teacher.logits(states), hidden=hidden)
+
+    def _scalars(self, rows: Rows, side: SideName) -> Tensor:
+        with autocast(rows.token.device, self.precision):
+            return self.method.scalars(rows, side, self.tables, dict(self.network.extra.items()))
+
     def _counts(
-        self, batches: Sequence[Batch], plans: Sequence[list[BlockRows]]
+        self, known: Sequence[_Sides], plans: Sequence[list[BlockRows]]
     ) -> dict[str, float]:
         """Every term's count over this process's share."""
         counts: defaultdict[str, float] = defaultdict(float, {CE: 0.0})
-        for batch, blocks in zip(batches, plans, strict=True):
-            sides = self._sides(batch, run_teacher=False)
+        for sides, blocks in zip(known, plans, strict=True):
             for rows in blocks:
                 block = self._block(sides, rows, None)
                 supervised = block.student.supervised & (block.student.token >= 0)
@@ -159,7 +239,15 @@ class Step:
                     counts[name] += float(count)
         return dict(counts)
 
+    def _bare(self, sides: _Sides) -> Rows:
+        """All of the student's rows, without logits and states."""
+        side = sides.batch.student
+        (whole,) = all_rows(side, int(sides.batch.document_chunks.sum()), len(side.position))
+        return _rows(side, whole.student, whole)
+
     def _block_counts(self, block: Block) -> Mapping[str, Tensor]:
+        if self.method.needs.kind == "scalars":
+            return {}
         counts = self.method.counts(block)
         return self._counts_by_terms(block) if counts is None else counts
 
@@ -179,31 +267,38 @@ class Step:
         terms = self.method.terms(filled, dict(self.network.extra.items()))
         return {name: term.count for name, term in terms.items()}
 
-    def _reduced(self, values: Mapping[str, float]) -> dict[str, float]:
+    def _reduced(self, values: Mapping[str, Number]) -> dict[str, Number]:
         """Sums over all processes; every process knows every name."""
         if self.accelerator.num_processes == 1:
             return dict(values)
         from accelerate.utils import gather_object
 
-        merged: defaultdict[str, float] = defaultdict(float)
+        merged: dict[str, Number] = {}
         for entry in gather_object([dict(values)]):
             for name, value in entry.items():
-                merged[name] += value
-        return dict(merged)
+                merged[name] = value + merged[name] if name in merged else value
+        return merged
 
     def _micro_batch(
-        self, batch: Batch, blocks: Sequence[BlockRows], counts: Mapping[str, float], sums: _Sums
+        self, known: _Sides, blocks: Sequence[BlockRows], counts: Mapping[str, float], sums: _Sums
     ) -> None:
         """One forward of both bodies, the blocks, one backward."""
+        batch = known.batch
         with autocast(batch.student.ids.device, self.precision):
             hidden = self.wrapped(batch.student.ids, batch.student.mask)
         head = self.network.head_parameters()
         hidden_grad = torch.zeros_like(hidden)
         head_grads = [torch.zeros_like(parameter) for parameter in head]
-        sides = self._sides(batch, run_teacher=bool(blocks))
+        sides = self._sides(known) if blocks else known
+        slopes = None
+        if sides.scalars is not None:
+            slopes = self._slopes(sides, blocks, hidden.detach(), counts, sums)
         for rows in blocks:
             leaf = hidden.detach()[batch.student.position[rows.student]].requires_grad_()
             loss = self._block_loss(sides, rows, leaf, counts, sums)
+            if slopes is not None:
+                values = self._scalars(self._student_rows(sides, rows, leaf), "student")
+                loss = loss + (values * slopes[rows.student]).sum()
             found = torch.autograd.grad(loss, [leaf, *head], allow_unused=True)
             if found[0] is not None:
                 hidden_grad.index_add_(0, batch.student.position[rows.student], found[0])
@@ -215,17 +310,46 @@ class Step:
             surrogate = surrogate + (parameter * gradient).sum()
         surrogate.backward()  # type: ignore[no-untyped-call]
 
-    def _sides(self, batch: Batch, *, run_teacher: bool) -> _Sides:
-        needs = self.method.needs
-        hidden = distributions = None
-        if needs.teacher and run_teacher:
-            assert self.teacher is not None
-            if needs.teacher_logits or needs.bytes != "beam":
-                hidden = self.teacher.hidden(batch.teacher)
-            if needs.bytes is not None:
-                live = None if needs.bytes == "beam" else hidden
-                distributions = self.teacher.byte_distributions(batch, live, needs)
-        return _Sides(batch, pairs_per_document(batch, needs), hidden, distributions)
+    def _sides(self, known: _Sides) -> _Sides:
+        """With the teacher's states, unless they are known, and its byte distributions."""
+        needs, batch = self.method.needs, known.batch
+        if not needs.teacher:
+            return known
+        assert self.teacher is not None
+        hidden, distributions = known.teacher, None
+        if hidden is None and (needs.teacher_logits or needs.bytes != "beam"):
+            hidden = self.teacher.hidden(batch.teacher)
+        if needs.bytes is not None:
+            live = None if needs.bytes == "beam" else hidden
+            distributions = self.teacher.byte_distributions(batch, live, needs)
+        return replace(known, teacher=hidden, bytes=distributions)
+
+    def _slopes(
+        self,
+        sides: _Sides,
+        blocks: Sequence[BlockRows],
+        hidden: Tensor,
+        counts: Mapping[str, float],
+        sums: _Sums,
+    ) -> Tensor:
+        """Gradient of the global loss with respect to the student's scalars, [R, m].
+
+        The scalars are collected without a graph, so merging chunks over any distance costs no
+        memory; the blocks then compute them once more, with one.
+        """
+        assert sides.scalars is not None
+        position = sides.batch.student.position
+        with torch.no_grad():
+            states = (hidden[position[rows.student]] for rows in blocks)
+            parts = [
+                self._scalars(self._student_rows(sides, rows, leaf), "student")
+                for rows, leaf in zip(blocks, states, strict=True)
+            ]
+        values = torch.cat(parts).requires_grad_()
+        own = Scalars(values, self._bare(sides))
+        terms = self.method.combine(own, sides.scalars, sides.totals)
+        loss = self._weighted(terms, counts, sums, values.sum() * 0.0)
+        return torch.autograd.grad(loss, values)[0]
 
     def _block_loss(
         self,
@@ -239,9 +363,15 @@ class Step:
         with autocast(leaf.device, self.precision):
             block = self._block(sides, rows, leaf)
             terms = {CE: cross_entropy(block.student)}
-            terms |= self.method.terms(block, dict(self.network.extra.items()))
+            if self.method.needs.kind == "blocks":
+                terms |= self.method.terms(block, dict(self.network.extra.items()))
+        return self._weighted(terms, counts, sums, leaf.sum() * 0.0)
+
+    def _weighted(
+        self, terms: Mapping[str, Term], counts: Mapping[str, float], sums: _Sums, loss: Tensor
+    ) -> Tensor:
+        """`loss` and the terms' shares of the global loss; notes them in `sums`."""
         scale = self.accelerator.num_processes  # DDP averages over processes
-        loss = leaf.sum() * 0.0
         for name, term in terms.items():
             sums.totals[name] += float(term.total.detach())
             sums.counts[name] += float(term.count)
@@ -254,10 +384,9 @@ class Step:
         needs, batch = self.method.needs, sides.batch
         student = _rows(batch.student, rows.student, rows)
         if leaf is not None:
-            hidden = leaf if needs.hidden else None
-            student = replace(student, logits=self.network.logits(leaf), hidden=hidden)
+            student = self._student_rows(sides, rows, leaf)
         teacher = None
-        if needs.teacher_logits:
+        if needs.teacher_logits and needs.kind == "blocks":
             teacher = _rows(batch.teacher, rows.teacher, rows)
             if sides.teacher is not None and self.teacher is not None:
                 states = sides.teacher[batch.teacher.position[rows.teacher]]
@@ -273,7 +402,14 @@ class Step:
             pairs=rows.pairs,
             bytes=distributions,
             pair=self.tables,
+            batch=sides.prepared,
         )
+
+    def _student_rows(self, sides: _Sides, rows: BlockRows, leaf: Tensor) -> Rows:
+        """The block's student rows with their logits."""
+        bare = _rows(sides.batch.student, rows.student, rows)
+        hidden = leaf if self.method.needs.hidden else None
+        return replace(bare, logits=self.network.logits(leaf), hidden=hidden)
 
 
 def _rows(side: SideBatch, index: Tensor, block: BlockRows) -> Rows:

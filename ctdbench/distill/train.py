@@ -27,6 +27,7 @@ from ctdbench.errors import RunError, UserError
 from ctdbench.method import Method, PairInfo, PairTables, Trainable
 from ctdbench.results import write_jsonl_atomic
 from ctdbench.spec import RunSpec
+from ctdbench.text.projection import Projection, build_projection, encoder
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -70,10 +71,21 @@ class TrainReport:
 
 def pair_tables(student: Side, teacher: Side) -> PairTables:
     """The tables of two loaded sides."""
+    vocabularies = student.tokens.vocabulary, teacher.tokens.vocabulary
+    special_pairs = student.specials.pairs(teacher.specials)
+
+    def projection() -> Projection:
+        return build_projection(
+            *vocabularies,
+            encode_student=encoder(student.tokens),
+            encode_teacher=encoder(teacher.tokens),
+            special_pairs=special_pairs,
+        )
+
     return PairTables.build(
-        student.tokens.vocabulary,
-        teacher.tokens.vocabulary,
-        special_pairs=student.specials.pairs(teacher.specials),
+        *vocabularies,
+        projection=projection,  # built by who asks for it: it takes seconds
+        special_pairs=special_pairs,
         student_special=_special_ids(student),
         teacher_special=_special_ids(teacher),
     )

@@ -57,7 +57,7 @@ def run_cell(
     if found is not None:
         return {**found, "was_done": True}
     _check(spec, corpus)
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # autocast is the harness's own
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     pair = LoadedPair(spec, accelerator.device)
     create(spec.method, spec.options).check(train.pair_tables(pair.student, pair.teacher))
@@ -144,7 +144,8 @@ class Cell:
         """The trained student as it would be exported (merged, float32), and what it cost."""
         tables = train.pair_tables(pair.student, pair.teacher)
         precision = resolve(self.spec.train.precision, accelerator.device)
-        teacher = Teacher(pair.teacher, tables.teacher_trie, precision, self.content["teacher"])
+        identity = f"{self.content['teacher']}/{self.spec.pair.teachers[0].layers}"
+        teacher = Teacher(pair.teacher, tables.teacher_trie, precision, identity)
         method = create(self.spec.method, self.spec.options)
         setting = train.Setting(pair.student, teacher, method, tables, self.corpus)
         network, report = train.train(

@@ -27,7 +27,7 @@ class PrefixMap:
         role; -1: none.
     nested [V_T]: for a teacher token without a byte-equal student token, the length of the longest
         shorter token without one that it starts with, 0: none; -1 for a token that has one, and
-        for specials. Of several ids with equal bytes all but the lowest have their own length.
+        for specials.
     """
 
     def __init__(
@@ -75,10 +75,7 @@ class PrefixMap:
         for begin, end in pairwise(bounds.tolist()):
             parent = teacher.parent[begin:end]
             above[begin:end] = np.where(alone[parent], teacher.depth[parent], above[parent])
-        nodes = np.flatnonzero(alone)
-        counts = teacher.exact[nodes] - teacher.low[nodes]
-        node = np.repeat(nodes, counts)
-        offset = np.arange(len(node)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.nested: Integers = np.full(teacher.size, -1, np.int64)
-        token = teacher.order[teacher.low[node] + offset]
-        self.nested[token] = np.where(offset == 0, above[node], teacher.depth[node])
+        filled = np.flatnonzero(np.diff(teacher.path_start))
+        whole = teacher.path[teacher.path_start[filled + 1] - 1]
+        self.nested[filled] = np.where(alone[whole], above[whole], -1)

@@ -70,11 +70,12 @@ def build_projection(
     uncut = list(student)
     for row in one_hot:
         uncut[row] = b""
-    entries = _weighted(cut_tokens(uncut, teacher, encode_teacher, tokens_to_cut))
+    own, taught, weight = _weighted(cut_tokens(uncut, teacher, encode_teacher, tokens_to_cut))
     if reverse_pass:
-        taught, own, weight = _weighted(cut_tokens(teacher, student, encode_student, tokens_to_cut))
-        entries = tuple(map(np.append, entries, (own, taught, weight)))
-    indices, weights = _largest(*entries, (len(student), len(teacher)), top_k)
+        back = _weighted(cut_tokens(teacher, student, encode_student, tokens_to_cut))
+        own, taught = np.append(own, back[1]), np.append(taught, back[0])
+        weight = np.append(weight, back[2])
+    indices, weights = _largest(own, taught, weight, (len(student), len(teacher)), top_k)
     indices[one_hot], weights[one_hot] = -1, 0
     indices[one_hot, 0], weights[one_hot, 0] = pairs[first, 1], 1
     return Projection(indices, weights.astype(np.float32))

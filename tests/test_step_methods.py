@@ -1,0 +1,83 @@
+"""Every method through the streamed step equals its own terms on one block of everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from harness_setup import batch_of, examples, float64, float64_side, gradients, make_step
+from torch import Tensor
+
+from ctdbench.distill.batches import Batch, SideBatch, all_rows
+from ctdbench.distill.step import Step, _rows
+from ctdbench.method import Block, Rows, cross_entropy, total_loss
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("gold", {}),
+    ("simct", {}),
+    ("simct", {"segmentation": "code"}),
+    ("strict", {}),
+    ("h-kl", {}),
+    ("p-kl", {"vocab_topk": 100}),
+    ("p-kl", {"vocab_topk": 100, "projection": "learned"}),
+    ("bpm", {}),
+    ("escd", {}),
+    ("alm", {}),
+    ("alm", {"hidden_weight": 1.0}),
+]
+IDS = ["-".join([name, *map(str, options.values())]) for name, options in METHODS]
+every_method = pytest.mark.parametrize(("name", "options"), METHODS, ids=IDS)
+
+
+def whole(side: SideBatch, chunks: int, states: Tensor, logits: Tensor) -> Rows:
+    (block,) = all_rows(side, chunks, 10**9)
+    rows = _rows(side, block.student, block)
+    return replace(rows, logits=logits, hidden=states)
+
+
+def plain_loss(step: Step, batch: Batch) -> Tensor:
+    """The method's own terms on all rows at once, with full logits and one graph."""
+    chunks = int(batch.document_chunks.sum())
+    hidden = step.network(batch.student.ids, batch.student.mask)[batch.student.position]
+    student = whole(batch.student, chunks, hidden, step.network.logits(hidden))
+    assert step.teacher is not None
+    states = step.teacher.hidden(batch.teacher)[batch.teacher.position]
+    teacher = whole(batch.teacher, chunks, states, step.teacher.logits(states))
+    prepared = step.method.prepare(teacher) if step.method.needs.prepare else None
+    block = Block(
+        student, teacher, chunks, batch.document_chunks, None, None, step.tables, prepared
+    )
+    terms = step.method.terms(block, dict(step.network.extra.items()))
+    return total_loss(step.method, cross_entropy(student), terms)
+
+
+@every_method
+def test_streamed_equals_the_terms_on_everything(name: str, options: dict[str, Any]) -> None:
+    student, teacher = float64_side("student"), float64_side("teacher")
+    with float64():
+        for block_rows in (8, 60, 10_000):
+            step = make_step(name, options, student=student, teacher=teacher, block_rows=block_rows)
+            batch = batch_of(examples(student, teacher))
+            loss = plain_loss(step, batch)
+            named = dict(step.network.named_parameters())
+            expected = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            report, found = gradients(step, [batch])
+            assert report.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+            for key, gradient in zip(named, expected, strict=True):
+                if gradient is not None:
+                    torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-7)
+
+
+@every_method
+def test_accumulation_leaves_the_gradient_unchanged(name: str, options: dict[str, Any]) -> None:
+    student, teacher = float64_side("student"), float64_side("teacher")
+    with float64():
+        step = make_step(name, options, student=student, teacher=teacher)
+        found = examples(student, teacher)
+        report, once = gradients(step, [batch_of(found)])
+        split, parts = gradients(step, [batch_of(found[i : i + 2]) for i in range(0, 8, 2)])
+    assert split.loss == pytest.approx(report.loss, rel=1e-6)
+    for key, gradient in once.items():
+        torch.testing.assert_close(parts[key], gradient, rtol=1e-4, atol=1e-7)
