@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ctdbench import ops
-from ctdbench.method import Block, PairTables
+from ctdbench.rows import Block, PairTables
 from ctdbench.text.prefixes import PrefixMap
 
 NONE = -1e30  # log-probability of a cell outside the partition; finite, since 0 * inf is no number
