@@ -238,6 +238,22 @@ def last_rows(chunk: Tensor, chunks: int) -> Tensor:
     return last.scatter_reduce(0, chunk[rows], rows, "amax")
 
 
+def last_row_pairs(student: Tensor, teacher: Tensor, chunks: int) -> Tensor:
+    """Student's and teacher's last row of every chunk that has rows on both sides, [M, 2].
+
+    student [R_S], teacher [R_T]: chunk of every row in 0..chunks-1, or -1.
+    """
+    last = torch.stack([last_rows(chunk, chunks) for chunk in (student, teacher)], 1)
+    return last[(last >= 0).all(1)]
+
+
+def without(values: Tensor, columns: Tensor) -> Tensor:
+    """All columns of `values` [M, V] but these [n]: [M, V - n], in their order."""
+    rest = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+    rest[columns] = False
+    return values.index_select(1, torch.nonzero(rest).squeeze(1))
+
+
 def shared_chunks(student: Tensor, teacher: Tensor, chunks: int) -> tuple[Tensor, Tensor, int]:
     """The chunks that have rows on both sides, numbered anew 0..M-1.
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -81,7 +80,7 @@ class GOLD(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`matched`, `unmatched`: the sum over documents of their share in this block."""
-        rows = _last_rows(block)
+        rows = _rows(block)
         sides = (block.student, block.taught())
         temperatures = (self.options.temperature_student, self.options.temperature_teacher)
         student, teacher = (
@@ -95,7 +94,7 @@ class GOLD(Method):
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Documents: every chunk counts 1/n of its document, which may reach over blocks."""
         names = ("matched", "unmatched") if self.options.hybrid else ("unmatched",)
-        return dict.fromkeys(names, _shares(block, _last_rows(block)).sum())
+        return dict.fromkeys(names, _shares(block, _rows(block)).sum())
 
     def _distances(self, student: Tensor, teacher: Tensor, shared: Tensor) -> dict[str, Tensor]:
         """Every term of every chunk: [M, V_S], [M, V_T], [|C|, 2] -> [M] each."""
@@ -104,7 +103,7 @@ class GOLD(Method):
         own, taught = shared.T
         pairs = (student.index_select(1, own), teacher.index_select(1, taught))
         matched = generalized_jsd(*pairs, self.options.beta)
-        rest = ops.sorted_l1(_without(student, own), _without(teacher, taught))
+        rest = ops.sorted_l1(ops.without(student, own), ops.without(teacher, taught))
         if self.options.weighting == "fixed":
             return {"matched": matched, "unmatched": rest}
         part = len(shared) / teacher.shape[1]
@@ -122,18 +121,8 @@ def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * (q * (q.log() - mix)).sum(-1) + (1 - beta) * (p * (p.log() - mix)).sum(-1)
 
 
-def _without(masses: Tensor, columns: Tensor) -> Tensor:
-    """All other columns."""
-    rest = torch.ones(masses.shape[1], dtype=torch.bool, device=masses.device)
-    rest[columns] = False
-    return masses.index_select(1, torch.nonzero(rest).squeeze(1))
-
-
-def _last_rows(block: Block) -> Tensor:
-    """Student's and teacher's last row of every chunk that has rows on both sides, [M, 2]."""
-    chunks = (side.chunk for side in (block.student, block.taught()))
-    last = torch.stack([ops.last_rows(chunk, block.chunks) for chunk in chunks], 1)
-    return last[(last >= 0).all(1)]
+def _rows(block: Block) -> Tensor:
+    return ops.last_row_pairs(block.student.chunk, block.taught().chunk, block.chunks)
 
 
 def _shares(block: Block, rows: Tensor) -> Tensor:

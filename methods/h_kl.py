@@ -98,7 +98,7 @@ class HKL(Method):
 
     def _uncommon(self, log_p: Tensor, log_q: Tensor, pair: PairTables) -> Tensor:
         rest = [
-            _without(masses, columns)
+            ops.without(masses, columns)
             for masses, columns in zip((log_p, log_q), self._pairs(pair, log_p.device), strict=True)
         ]
         most = min(rest[0].shape[1], rest[1].shape[1], self.options.uncommon_topk)
@@ -109,13 +109,6 @@ class HKL(Method):
         """Student ids and teacher ids of C, [2, |C|]."""
         strict = self.options.partition == "strict"
         return (pair.strict_pairs if strict else pair.relaxed_pairs).to(device).T
-
-
-def _without(masses: Tensor, columns: Tensor) -> Tensor:
-    """All columns but these."""
-    rest = torch.ones(masses.shape[1], dtype=torch.bool, device=masses.device)
-    rest[columns] = False
-    return masses.index_select(1, torch.nonzero(rest).squeeze(1))
 
 
 METHOD = HKL

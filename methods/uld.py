@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -98,9 +97,7 @@ def _paired_rows(alignment: str, block: Block) -> Tensor:
         if block.pairs is None:
             raise TypeError("uld pairs rows by position and this block has no pairs")
         return block.pairs
-    chunks = (side.chunk for side in (block.student, block.taught()))
-    last = torch.stack([ops.last_rows(chunk, block.chunks) for chunk in chunks], 1)
-    return last[(last >= 0).all(1)]
+    return ops.last_row_pairs(block.student.chunk, block.taught().chunk, block.chunks)
 
 
 def _shares(block: Block, rows: Tensor) -> Tensor:

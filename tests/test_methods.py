@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from example_rows import PAIR, WIDTH, block_of, byte_heads, head_weights, two_sides
+from golden_rows import check_gradient, closed_form, golden, labelled_rows
 from torch import Tensor
 
 from ctdbench.method import PairTables, Rows, create, mean, probe, probe_gradient
 
-GOLDEN = Path(__file__).parent / "golden" / "uld_losses.json"
-
 
 def golden_cases() -> list[Any]:
-    golden = json.loads(GOLDEN.read_text())
-    inputs = golden["inputs"]
-    return [pytest.param(inputs[case["input"]], case, id=case["name"]) for case in golden["cases"]]
-
-
-def closed_form(spec: dict[str, Any]) -> Tensor:
-    rule, shape = spec["rule"], spec["shape"]
-    b, p, v = np.meshgrid(*map(np.arange, shape), indexing="ij")
-    phase = rule["ph"] + rule["wb"] * b + rule["wp"] * p + rule["wv"] * v + rule["wpv"] * p * v
-    return torch.tensor(rule["a"] * getattr(np, rule["fn"])(phase), dtype=torch.float32)
-
-
-def golden_rows(logits: Tensor, labels: list[list[int]], row_chunk: list[list[int]]) -> Rows:
-    """All rows of all documents; row r predicts token r + 1, so labels move up by one."""
-    documents, length, columns = logits.shape
-    token = torch.tensor([[max(v, -1) for v in row[1:]] + [-1] for row in labels]).flatten()
-    chunk = torch.tensor(row_chunk)
-    starts = torch.tensor([0, *(chunk.amax(1) + 1).cumsum(0)[:-1].tolist()])[:, None]
-    place = torch.arange(length).repeat(documents)
-    return Rows(
-        logits=logits.reshape(-1, columns),
-        token=token,
-        chunk=torch.where(chunk >= 0, chunk + starts, -1).flatten(),
-        supervised=token >= 0,
-        document=torch.arange(documents).repeat_interleave(length),
-        byte_start=place,
-        byte_end=place + 1,
-    )
+    found = golden("uld_losses")
+    inputs = found["inputs"]
+    return [pytest.param(inputs[case["input"]], case, id=case["name"]) for case in found["cases"]]
 
 
 @pytest.mark.parametrize(("inputs", "case"), golden_cases())
 def test_uld_reproduces_the_authors_numbers(inputs: dict[str, Any], case: dict[str, Any]) -> None:
     options, expected, chunks = case["options"], case["expected"], case["chunks"]
     student, teacher = (
-        golden_rows(
+        labelled_rows(
             closed_form(inputs[f"{side}_logits"]),
             inputs[f"{side}_labels"],
             chunks[f"{side}_row_chunk"],
@@ -85,15 +56,6 @@ def test_uld_reproduces_the_authors_numbers(inputs: dict[str, Any], case: dict[s
                 assert values["uld"] == pytest.approx(expected["uld"], rel=1e-5)
                 assert values["ce"] == pytest.approx(expected["ce"], rel=1e-5)
             check_gradient(gradient, expected[f"grad_{name}"], inputs["student_logits"]["shape"])
-
-
-def check_gradient(gradient: np.ndarray, expected: dict[str, Any], shape: list[int]) -> None:
-    tolerance = {"rtol": 1e-5, "atol": 1e-6 * expected["l2"]}
-    whole = gradient.reshape(shape).astype(np.float64)
-    np.testing.assert_allclose(np.linalg.norm(whole), expected["l2"], rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(whole, axis=-1), expected["row_l2"], **tolerance)
-    for *index, value in expected["entries"]:
-        np.testing.assert_allclose(whole[tuple(index)], value, **tolerance)
 
 
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
