@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
-DEMO := --pair smol-mistral --budget 60kB --limit 16
+DEMO := --pair smol-mistral --budget 50kB --limit 10
 
 .PHONY: install demo test test-all lint types clean
 
