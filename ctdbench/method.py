@@ -148,7 +148,7 @@ class Method:
         logits, of chunks or not, maybe none). Every result has the same shape; `Block.batch` is
         their elementwise maximum over all rows, whatever the blocks, micro-batches and processes.
         """
-        raise NotImplementedError
+        raise self._unwritten("prepare(teacher)")
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """The method's terms on one block; of kind "scalars", on a block that is all there is."""
