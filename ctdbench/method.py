@@ -59,26 +59,32 @@ class Needs:
     kind: "blocks" (the method writes `terms`), or "scalars" (`scalars`, `totals`, `combine`).
     teacher_logits: the teacher's logits per row. hidden: the student's states per row.
     teacher_hidden: the teacher's, too.
-    pairing: "chunks" (byte-aligned), or "positions" (k-th supervised token with the k-th).
+    embeddings: the tables of embeddings and head of both models.
+    pairing: "chunks" (byte-aligned), "positions" (k-th supervised token with the k-th), "own"
+        (`Method.pairs`), or "documents": a block is all supervised rows of whole documents.
     bytes: estimator of the teacher's byte distributions, or None.
     end_bin: column 256 of `bytes` is the mass of the teacher's token ending (`path` only).
     skip_last_student_token: leave the student's last supervised token of a document out of the
         pairs (positions only).
     whole_documents: no block cuts a document (chunks only), for a loss that joins chunks.
     prepare: `Method.prepare` sees all of the teacher's rows of the global batch, or of each
-        micro-batch, before the first of its blocks.
+        micro-batch, before the first of its blocks. reduce: how its results are joined.
+    text: "corpus", or "teacher": the teacher's continuations of the corpus's prompts.
     """
 
     kind: Literal["blocks", "scalars"] = "blocks"
     teacher_logits: bool = True
     hidden: bool = False
     teacher_hidden: bool = False
-    pairing: Literal["chunks", "positions"] = "chunks"
+    embeddings: bool = False
+    pairing: Literal["chunks", "positions", "own", "documents"] = "chunks"
     bytes: ByteEstimator | None = None
     end_bin: bool = False
     skip_last_student_token: bool = False
     whole_documents: bool = False
     prepare: Literal["batch", "microbatch"] | None = None
+    reduce: Literal["max", "sum"] = "max"
+    text: Literal["corpus", "teacher"] = "corpus"
 
     @property
     def teacher(self) -> bool:
@@ -102,6 +108,7 @@ class Trainable:
 
     module: nn.Module
     learning_rate: float | None = None  # None: the student's
+    keep: bool = False  # saved with the cell, for it tells something
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ class Method:
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
+    balance: ClassVar[Literal["fixed", "ratio", "gradmag"]] = "fixed"  # as published
 
     def __init__(self, options: MethodOptions) -> None:
         self.options = options
@@ -141,12 +149,21 @@ class Method:
         """Extra trainable modules, by name."""
         return {}
 
+    def pairs(self, student: Rows, teacher: Rows, pair: PairTables) -> Tensor:
+        """Pairing "own": [P, 2] int64, student row and teacher row, from whole documents.
+
+        The rows carry no logits and no states. A student row is named at most once; supervised
+        ones that are not named arrive in blocks of their own, with no pairs.
+        """
+        raise self._unwritten("pairs(student, teacher, pair)")
+
     def prepare(self, teacher: Rows) -> Tensor:
         """What a loss must know of the whole batch before its first block; `Needs.prepare` asks.
 
         Called without gradient, any number of times, with some of the teacher's rows each (with
         logits, of chunks or not, maybe none). Every result has the same shape; `Block.batch` is
-        their elementwise maximum over all rows, whatever the blocks, micro-batches and processes.
+        their elementwise maximum or sum (`Needs.reduce`) over all rows, whatever the blocks,
+        micro-batches and processes.
         """
         raise self._unwritten("prepare(teacher)")
 
@@ -294,6 +311,8 @@ def _evaluate(
 def _block(method: Method, student: Rows, teacher: Rows, pair: PairTables, pairs: Any) -> Block:
     chunks = 1 + int(torch.cat([student.chunk, teacher.chunk, torch.tensor([-1])]).max())
     documents = 1 + int(student.document.max()) if student.document.numel() else 0
+    if pairs is None and method.needs.pairing == "own":
+        pairs = method.pairs(bare(student), bare(teacher), pair)
     if pairs is not None:
         pairs = torch.as_tensor(np.asarray(pairs)).long().reshape(-1, 2)
         counted = student.document[pairs[:, 0]]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
 
 RESULT_VERSION = 1
-BASELINES = ("teacher", "start")
+START, TEACHER = "start", "teacher"
 Scores = dict[str, dict[str, float | None]]
 
 
@@ -59,6 +59,16 @@ class Result(TypedDict):
 
 
 _RESULT = TypeAdapter(Result)
+
+
+def baselines(teachers: int) -> list[str]:
+    """Names of a pair's baselines: its teachers (`teacher`, `teacher-2`, ...) and `start`."""
+    return [TEACHER, *(f"{TEACHER}-{number}" for number in range(2, teachers + 1)), START]
+
+
+def is_baseline(method: str) -> bool:
+    """Whether a cell's method is the name of a baseline."""
+    return method in (START, TEACHER) or method.startswith(f"{TEACHER}-")
 
 
 def cell_dir(store: Path, pair: str, method: str, cell_id: str) -> Path:

@@ -37,6 +37,8 @@ class Rows:
     document: [R] int64, index of the document in the batch.
     byte_start, byte_end: [R] int64, span of the token in its document; equal for a special token.
     hidden: [R, d], the state the logits were read from; None where a method does not ask for it.
+    input: [R] int64, the token that was read last, the one before `token`; see `inputs`.
+    embedding, head: [V, d], the model's tables, without gradient; None where a method does not ask.
     """
 
     logits: Tensor | None
@@ -47,6 +49,18 @@ class Rows:
     byte_start: Tensor
     byte_end: Tensor
     hidden: Tensor | None = None
+    input: Tensor | None = None
+    embedding: Tensor | None = None
+    head: Tensor | None = None
+
+    def inputs(self) -> Tensor:
+        """`input`; where it is not given, the token of the row before, -1 without one, [R]."""
+        if self.input is not None:
+            return self.input
+        before = self.token.roll(1)
+        follows = self.document == self.document.roll(1)
+        follows[:1] = False
+        return torch.where(follows, before, -1)
 
     def scores(self) -> Tensor:
         """The logits [R, V]; raises TypeError if the method did not ask for them in `needs`."""
@@ -156,7 +170,7 @@ class Block:
     bytes: [N, 257] float32, the teacher's distribution of every byte of the block's chunks in
         order (column 256: the text ends, or with `end_bin` the teacher's token ends).
     pair: the vocabularies and what is known of them.
-    batch: the elementwise maximum of `Method.prepare` over the batch, see `Needs.prepare`.
+    batch: what `Method.prepare` gave, joined over the batch, see `Needs.prepare`.
     """
 
     student: Rows
@@ -204,4 +218,4 @@ class Scalars:
 
 def bare(rows: Rows) -> Rows:
     """The rows without logits and states: what `Scalars` keeps of them."""
-    return replace(rows, logits=None, hidden=None)
+    return replace(rows, logits=None, hidden=None, embedding=None, head=None)

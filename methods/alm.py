@@ -16,8 +16,8 @@ h the last-layer state that has read the chunk, the student's through a linear p
 widths differ. Chunks are not merged there.
 
 The row after a chunk may be missing, at a document's end: b = 1 on both sides there (the text does
-end), and the chunk has no state. Pure ALM by default (`ce_weight` 0); the paper also balances it
-with CE by `gradmag`.
+end), and the chunk has no state. Pure ALM by default (`ce_weight` 0). Several terms (CE, the
+state term) are balanced by gradmag, as in the paper, unless train.balance says otherwise.
 
 Public code (bminixhofer/tokenkit, `compute_alm_loss`): the other divergences, debias = eos (mass of
 the end token instead), weights and normalisers below. Its `abs_exp` is one of the two branches of
@@ -54,7 +54,7 @@ META = {
     "paper": "2503.20083",
     "year": 2025,
     "needs": ["teacher logits"],
-    "cost": "two or three numbers a row; hidden_weight > 0: the teacher's states as well",
+    "cost": "one softmax a side",
 }
 
 EPSILON = 1e-6  # keeps log-probabilities off 0; subtracted, as in the public code
@@ -125,6 +125,7 @@ class ALM(Method):
 
     Options = ALMOptions
     options: ALMOptions
+    balance = "gradmag"
 
     @property
     def needs(self) -> Needs:

@@ -13,9 +13,9 @@ plus CE. Neither part is normalised on C, so kl_common may be negative. On a chu
 gradient of kl_common on a student logit outside C is p[j] * (the teacher's mass on C) >= 0: tokens
 without a partner are suppressed, which is what `p-kl` was made against.
 
-Weights: 1.0 KD + 0.1 CE, where KD = L; the public code's default is balancing by ratio, CE + KD
-scaled to CE's size. Its `exact_chunks_only` has no use here: chunks are cut by bytes, so both sides
-of every chunk spell the same text.
+Weights: the harness balances by ratio unless asked otherwise, CE + KD scaled to CE's size, where KD
+= L (the public code's default); with train.balance=fixed 1.0 KD + 0.1 CE. Its `exact_chunks_only`
+has no use here: chunks are cut by bytes, so both sides of every chunk spell the same text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ META = {
     "paper": "2605.21699",
     "year": 2026,
     "needs": ["teacher logits", "projection"],
-    "cost": "a softmax of both vocabularies a row, the largest 8192 unpaired tokens a chunk",
+    "cost": "one softmax, top-k a side",
 }
 
 
@@ -61,6 +61,7 @@ class HKL(Method):
 
     Options = HKLOptions
     options: HKLOptions
+    balance = "ratio"
 
     def weights(self) -> Mapping[str, float]:
         """Both terms' gradients shrink with T^2."""

@@ -18,9 +18,9 @@ nor processes change it. The public code chooses it in every micro-batch (`micro
 included, which is no row here.
 projection = fixed (default, the public code) | learned (the paper): the weights of W are softmaxed
 over the row, start at W, and are trained beside the student with a learning rate of 1e-2.
-Weights: 1.0 KD + 0.1 CE, where KD = L; the public code's default is balancing by ratio, CE + KD
-scaled to CE's size. Its `exact_chunks_only` has no use here: chunks are cut by bytes, so both sides
-of every chunk spell the same text.
+Weights: the harness balances by ratio unless asked otherwise, CE + KD scaled to CE's size, where KD
+= L (the public code's default); with train.balance=fixed 1.0 KD + 0.1 CE. Its `exact_chunks_only`
+has no use here: chunks are cut by bytes, so both sides of every chunk spell the same text.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ META = {
     "paper": "2605.21699",
     "year": 2026,
     "needs": ["teacher logits", "projection"],
-    "cost": "a softmax of both vocabularies a row; the teacher's logits twice, to choose its top K",
+    "cost": "one softmax, one projection",
 }
 
 EPSILON = 1e-10  # added to sums and probabilities before they divide or enter a logarithm (code)
@@ -102,6 +102,7 @@ class PKL(Method):
 
     Options = PKLOptions
     options: PKLOptions
+    balance = "ratio"
 
     @property
     def needs(self) -> Needs:
@@ -117,7 +118,8 @@ class PKL(Method):
         if self.options.projection == "fixed":
             return {}
         module = LearnedProjection(*pair.tables.projected)
-        return {"projection": Trainable(module, self.options.projection_learning_rate)}
+        rate = self.options.projection_learning_rate
+        return {"projection": Trainable(module, rate, keep=True)}
 
     def prepare(self, teacher: Rows) -> Tensor:
         """Every token's largest logit, [V_T]."""

@@ -18,8 +18,9 @@ from ctdbench.distill.batches import Batch, collate
 from ctdbench.distill.corpus import Corpus, Document, Segment
 from ctdbench.distill.examples import Example, build_examples
 from ctdbench.distill.models import Side
-from ctdbench.distill.step import Network, Step, StepReport
+from ctdbench.distill.step import Balance, Step, StepReport
 from ctdbench.distill.teacher import Teacher
+from ctdbench.distill.view import Guide, Network
 from ctdbench.method import Method, PairInfo, create
 from ctdbench.spec import Lora, PairSpec, RunSpec, TrainSpec
 
@@ -96,14 +97,16 @@ def documents(count: int, *, prompts: bool = True) -> list[Document]:
     return made
 
 
-def examples(student: Side, teacher: Side, count: int = 8) -> list[Example]:
-    found, skipped = build_examples(documents(count), student, teacher)
+def examples(
+    student: Side, teacher: Side, count: int = 8, others: Sequence[Side] = ()
+) -> list[Example]:
+    found, skipped = build_examples(documents(count), student, teacher, others=others)
     assert not skipped
     return found
 
 
 def batch_of(found: Sequence[Example]) -> Batch:
-    return collate(found, student_pad=0, teacher_pad=0)
+    return collate(found, 0, 0, *(0 for _ in found[0].others))
 
 
 def teacher_of(side: Side) -> Teacher:
@@ -111,12 +114,15 @@ def teacher_of(side: Side) -> Teacher:
     return Teacher(side, tables.teacher_trie, "float32", identity="test")
 
 
-def network_of(method: Method, student: Side, teacher: Side) -> Network:
+def network_of(method: Method, student: Side, *teachers: Side) -> Network:
     """Student and the method's modules, in the student's precision and all trained."""
-    tables = train.pair_tables(student, teacher)
     torch.manual_seed(3)
-    extras = method.modules(PairInfo(student.width, teacher.width, tables))
-    modules = {name: extra.module.to(student.model.dtype) for name, extra in extras.items()}
+    modules = {}
+    for number, teacher in enumerate(teachers, start=1):
+        pair = PairInfo(student.width, teacher.width, train.pair_tables(student, teacher))
+        suffix = f"@{number}" if number > 1 else ""
+        for name, extra in method.modules(pair).items():
+            modules[name + suffix] = extra.module.to(student.model.dtype)
     for parameter in nn.ModuleDict(modules).parameters():
         nn.init.normal_(parameter, std=0.3)  # heads that start at zero would hide mistakes
     return Network(student.model, len(student.tokens.vocabulary), modules)
@@ -128,16 +134,30 @@ def make_step(
     *,
     student: Side,
     teacher: Side,
+    others: Sequence[Side] = (),
+    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    balancing: Balance = "fixed",
     block_rows: int = 64,
 ) -> Step:
     found = create(method, options) if isinstance(method, str) else method
     return Step(
-        network_of(found, student, teacher),
+        network_of(found, student, teacher, *others),
         teacher_of(teacher),
         found,
         train.pair_tables(student, teacher),
         accelerator=Accelerator(cpu=True),
+        others=guides_of(student, others, weights[1:]),
+        weight=weights[0],
         block_rows=block_rows,
+        balancing=balancing,
+    )
+
+
+def guides_of(student: Side, others: Sequence[Side], weights: Sequence[float]) -> tuple[Guide, ...]:
+    """Further teachers, as a step takes them."""
+    return tuple(
+        Guide(teacher_of(side), train.pair_tables(student, side), f"@{number}", weight)
+        for number, (side, weight) in enumerate(zip(others, weights, strict=False), start=2)
     )
 
 

@@ -10,14 +10,8 @@ from harness_setup import batch_of, examples, llama_side
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctdbench.distill.batches import (
-    BUCKETS,
-    Batch,
-    bucket,
-    pairs_per_document,
-    plan_blocks,
-    position_pairs,
-)
+from ctdbench.distill.batches import BUCKETS, Batch, bucket
+from ctdbench.distill.blocks import pairs_per_document, plan_blocks, position_pairs
 from ctdbench.distill.examples import Example
 from ctdbench.method import Needs
 
@@ -90,20 +84,37 @@ NEEDS = [
     Needs(teacher_logits=False, bytes="path"),
     Needs(pairing="positions"),
     Needs(pairing="positions", skip_last_student_token=True),
+    Needs(pairing="documents"),
 ]
 
 
 @given(block_rows=st.integers(1, 400), needs=st.sampled_from(NEEDS))
 @settings(max_examples=60, deadline=None)
 def test_blocks_hold_every_supervised_row_once(batch: Batch, block_rows: int, needs: Needs) -> None:
-    blocks = plan_blocks(batch, needs, block_rows)
+    pairs = None
+    if needs.pairing == "positions":
+        pairs = position_pairs(batch, needs.skip_last_student_token)
+    blocks = plan_blocks(batch, needs, block_rows, pairs)
     rows = torch.cat([block.student for block in blocks])
     assert len(rows.unique()) == len(rows)
     supervised = batch.student.supervised.nonzero()[:, 0]
     assert torch.equal(rows.sort().values, supervised)
     for block in blocks:
         size = len(block.student) + len(block.teacher)
-        assert 0 < size <= block_rows or block.chunks == 1 or block_rows == 1
+        alone = block.chunks == 1 or len(batch.student.document[block.student].unique()) == 1
+        assert 0 < size <= block_rows or alone or block_rows == 1
+
+
+@pytest.mark.parametrize("block_rows", [1, 60, 10_000])
+def test_documents_come_whole_with_all_supervised_rows(batch: Batch, block_rows: int) -> None:
+    blocks = plan_blocks(batch, Needs(pairing="documents"), block_rows)
+    for block in blocks:
+        for side, rows in ((batch.student, block.student), (batch.teacher, block.teacher)):
+            inside = torch.isin(side.document, batch.student.document[block.student])
+            assert torch.equal(rows, (side.supervised & inside).nonzero()[:, 0])
+    stops = [block.first_chunk + block.chunks for block in blocks]
+    assert [block.first_chunk for block in blocks] == [0, *stops[:-1]]
+    assert stops[-1] == int(batch.document_chunks.sum())
 
 
 @pytest.mark.parametrize("block_rows", [1, 7, 30, 1000])
@@ -153,6 +164,6 @@ def test_pairs_are_the_kth_supervised_tokens(found: list[Example], batch: Batch)
             expected += list(zip(kept, rows[1], strict=False))
             counts.append(min(len(kept), len(rows[1])))
             first = [start + len(side.chunk) - 1 for start, side in zip(first, sides, strict=True)]
-        assert [tuple(pair) for pair in position_pairs(batch, skip).tolist()] == expected
-        needs = Needs(pairing="positions", skip_last_student_token=skip)
-        assert pairs_per_document(batch, needs).tolist() == counts
+        pairs = position_pairs(batch, skip)
+        assert [tuple(pair) for pair in pairs.tolist()] == expected
+        assert pairs_per_document(batch, pairs).tolist() == counts

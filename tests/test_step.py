@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctdbench import ops
 from ctdbench.distill import batches, teacher
-from ctdbench.distill.batches import position_pairs
+from ctdbench.distill.blocks import position_pairs
 from ctdbench.distill.examples import Example
 from ctdbench.distill.step import Step
 from ctdbench.errors import RunError

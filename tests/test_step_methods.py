@@ -10,8 +10,10 @@ import torch
 from harness_setup import batch_of, examples, float64, float64_side, gradients, make_step
 from torch import Tensor
 
-from ctdbench.distill.batches import Batch, SideBatch, all_rows
-from ctdbench.distill.step import Step, _rows
+from ctdbench.distill.batches import Batch, SideBatch
+from ctdbench.distill.blocks import all_rows
+from ctdbench.distill.step import Step
+from ctdbench.distill.view import bare_rows
 from ctdbench.method import Block, Rows, cross_entropy, total_loss
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -33,7 +35,7 @@ every_method = pytest.mark.parametrize(("name", "options"), METHODS, ids=IDS)
 
 def whole(side: SideBatch, chunks: int, states: Tensor, logits: Tensor) -> Rows:
     (block,) = all_rows(side, chunks, 10**9)
-    rows = _rows(side, block.student, block)
+    rows = bare_rows(side, block.student, block)
     return replace(rows, logits=logits, hidden=states)
 
 

@@ -8,8 +8,8 @@ is refused and counted, never mis-paired.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -55,30 +55,42 @@ class AlignedSide:
 class Example:
     """A document on both sides; its chunks are 0..chunks-1, predicted in full by both models.
 
-    text: the bytes that both sides lie over.
+    text: the bytes that both sides lie over. document: what it was made of. others: the same with
+    each further teacher.
     """
 
     student: AlignedSide
     teacher: AlignedSide
     chunks: int
     text: bytes
+    document: Document
+    others: tuple[Example, ...] = ()
 
 
 def build_examples(
-    documents: Iterable[Document], student: Side, teacher: Side, template: Template = "plain"
+    documents: Iterable[Document],
+    student: Side,
+    teacher: Side,
+    template: Template = "plain",
+    others: Sequence[Side] = (),
 ) -> tuple[list[Example], dict[str, int]]:
-    """Examples in order, and how many documents were left out, by reason."""
+    """Examples in order, and how many documents were left out, by reason.
+
+    others: further teachers; a document must have chunks with every teacher.
+    """
     examples, skipped = [], Counter[str]()
     for document in documents:
         try:
-            example = build_example(document, student, teacher, template)
+            example, *more = (
+                build_example(document, student, side, template) for side in (teacher, *others)
+            )
         except NotLossless:
             skipped["not spelled byte for byte by a tokenizer"] += 1
             continue
-        if example.chunks == 0:
+        if example.chunks == 0 or any(other.chunks == 0 for other in more):
             skipped["no chunk that both sides predict"] += 1
         else:
-            examples.append(example)
+            examples.append(replace(example, others=tuple(more)))
     return examples, dict(skipped)
 
 
@@ -97,7 +109,7 @@ def build_example(
     )
     contents = (segment.text for segment in document.segments)
     text = "".join(contents) if template == "chat" else document.text
-    return Example(student_side, teacher_side, int(kept.max()) + 1, text.encode("utf-8"))
+    return Example(student_side, teacher_side, int(kept.max()) + 1, text.encode("utf-8"), document)
 
 
 def render(document: Document, side: Side, template: Template) -> TokenSequence:

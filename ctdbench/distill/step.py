@@ -6,7 +6,9 @@ respect to (states, head, extra modules). One backward through the wrapped netwo
 which is what lets DDP and FSDP2 synchronise: a backward per block would not.
 
 A loss is a sum over its count in the *global* batch. Counts follow from tokens and chunks alone, so
-they are known, over all micro-batches and processes, before the first gradient is taken.
+they are known, over all micro-batches and processes, before the first gradient is taken. Balancing
+by ratio or gradmag knows its weights only after the last block: it keeps one gradient per term, and
+the graphs of all micro-batches until one backward at the end.
 """
 
 from __future__ import annotations
@@ -14,97 +16,73 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ctdbench import ops
-from ctdbench.distill import models
-from ctdbench.distill.batches import (
-    Batch,
-    BlockRows,
-    SideBatch,
-    all_rows,
-    pairs_per_document,
-    plan_blocks,
-)
+from ctdbench.distill import balance
+from ctdbench.distill.batches import Batch
+from ctdbench.distill.blocks import BlockRows
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
-from ctdbench.errors import RunError
-from ctdbench.method import (
-    Block,
-    Method,
-    PairTables,
-    Rows,
-    Scalars,
-    SideName,
-    Term,
-    cross_entropy,
-)
+from ctdbench.distill.view import CE, Guide, Network, View
+from ctdbench.errors import RunError, UserError
+from ctdbench.method import Method, PairTables, Scalars, Term
 
-CE = "ce"
 Number = TypeVar("Number", float, Tensor)
-
-
-class Network(nn.Module):
-    """All that is trained: the student and the method's modules, as one module to wrap."""
-
-    def __init__(self, model: Any, columns: int, modules: Mapping[str, nn.Module]) -> None:
-        """columns: size of the student's vocabulary; logits past it are cut."""
-        super().__init__()
-        self.model = model
-        self.columns = columns
-        self.extra = nn.ModuleDict(modules)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The states that the head reads, [B * L, d]."""
-        return models.hidden_states(self.model, ids, mask).flatten(0, 1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, columns] float32."""
-        return models.logits(self.model, hidden, self.columns)
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Trained parameters outside the body: the head and the extra modules."""
-        head = models.base_model(self.model).get_output_embeddings()
-        return [p for module in (head, self.extra) for p in module.parameters() if p.requires_grad]
+Balance = Literal["fixed", "ratio", "gradmag"]
+ALL = "loss"  # the one gradient that fixed weights need
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step computed over the global batch: the loss and every term as its mean."""
+    """What a step computed over the global batch: loss, every term as its mean, their weights."""
 
     loss: float
     terms: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """What the blocks of one micro-batch are cut from.
-
-    teacher: its states [B * L, d]. prepared: what `Method.prepare` made of the teacher's rows.
-    scalars: the teacher's, for a method of that kind; totals: `Method.totals`, over everything.
-    """
-
-    batch: Batch
-    per_document: Tensor
-    teacher: Tensor | None = None
-    bytes: Tensor | None = None
-    prepared: Tensor | None = None
-    scalars: Scalars | None = None
-    totals: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float]
 
 
 @dataclass(frozen=True)
 class _Sums:
     """Every term's total and count over the blocks of a step so far."""
 
-    totals: defaultdict[str, float]
-    counts: defaultdict[str, float]
+    totals: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+@dataclass
+class _Gradients:
+    """Gradients of several parts of the loss: of one micro-batch's states, and of the head.
+
+    hidden: part -> [B * L, d]. head: part -> one tensor for every head parameter; it runs on over
+    the micro-batches.
+    """
+
+    states: Tensor
+    head: defaultdict[str, list[Tensor]]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, part: str, position: Tensor, found: Sequence[Tensor | None]) -> None:
+        """What autograd found for (states at `position`, *head)."""
+        if part not in self.hidden:
+            self.hidden[part] = torch.zeros_like(self.states)
+        if found[0] is not None:
+            self.hidden[part].index_add_(0, position, found[0])
+        for total, gradient in zip(self.head[part], found[1:], strict=True):
+            if gradient is not None:
+                total.add_(gradient)
+
+    def surrogate(self, weights: Mapping[str, float]) -> Tensor:
+        """What has this gradient with respect to the states; differentiable."""
+        hidden = torch.zeros_like(self.states)
+        for part, gradient in self.hidden.items():
+            hidden.add_(gradient, alpha=weights.get(part, 0.0))
+        return (self.states * hidden).sum()
 
 
 class Step:
@@ -118,18 +96,41 @@ class Step:
         tables: PairTables,
         *,
         accelerator: Accelerator,
+        others: Sequence[Guide] = (),
+        weight: float = 1.0,
         precision: str = "float32",
         block_rows: int = 512,
+        balancing: Balance = "fixed",
     ) -> None:
-        """network: a `Network`, wrapped by `accelerator.prepare` or not."""
+        """network: a `Network`, wrapped by `accelerator.prepare` or not. weight: the teacher's.
+
+        others: further teachers; batches then carry `Batch.others`. Raises UserError where the
+        method's loss cannot be balanced in that way.
+        """
         self.wrapped = network
         self.network: Network = accelerator.unwrap_model(network)
-        self.teacher = teacher
+        self.guides = [Guide(teacher, tables, weight=weight), *others]
         self.method = method
-        self.tables = tables
         self.accelerator = accelerator
         self.precision = precision
         self.block_rows = block_rows
+        self.balancing = balancing
+        if balancing == "ratio" and not method.options.ce_weight:
+            raise UserError(
+                "train.balance: ratio scales the terms to cross-entropy, which has weight 0 here",
+                "set method.ce_weight=1, or train.balance=fixed",
+            )
+        self._layer = balance.last_layer(self.network.model) if balancing == "gradmag" else []
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The first teacher."""
+        return self.guides[0].teacher
+
+    @property
+    def tables(self) -> PairTables:
+        """The tables of the student and the first teacher."""
+        return self.guides[0].tables
 
     def gradients(self, batches: Sequence[Batch], *, idle: bool = False) -> StepReport:
         """Add the gradient of the global batch, of which `batches` are this process's share.
@@ -137,137 +138,96 @@ class Step:
         idle: this process has no document of the batch; it runs along on a borrowed one whose
         loss does not count. Raises RunError for a loss that is not finite.
         """
-        plans = [[] if idle else self._plan(batch) for batch in batches]
-        known = self._known_in_advance(batches, idle=idle)
-        counts = self._reduced(self._counts(known, plans))
-        counts |= {name: float(total) for name, total in known[0].totals.items() if not total.ndim}
-        sums = _Sums(defaultdict(float), defaultdict(float))
-        for index, (sides, blocks) in enumerate(zip(known, plans, strict=True)):
-            last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                self._micro_batch(sides, blocks, counts, sums)
-        seen = self._reduced(sums.counts)
-        if self.method.needs.kind == "scalars":  # whose totals may hold more than counts
-            counts = {name: count for name, count in counts.items() if name in seen}
-        _check_counts(counts, seen)
-        terms = self._reduced(dict.fromkeys(counts, 0.0) | dict(sums.totals))
-        means = {
-            name: total / counts[name] if counts[name] else 0.0 for name, total in terms.items()
-        }
-        loss = sum(self._weight(name) * value for name, value in means.items())
-        if not math.isfinite(loss):
-            raise RunError(f"the loss is not finite ({means})", "lower train.learning_rate")
-        return StepReport(loss, means)
+        views = [self._views(batch, idle=idle) for batch in batches]
+        counts = self._known_in_advance([view for group in views for view in group])
+        sums = _Sums()
+        if self.balancing == "fixed":
+            weights = {name: self._weight(name) for name in counts}
+            for index, group in enumerate(views):
+                with self._sync(index == len(views) - 1):
+                    parts = self._stream(group, counts, sums, self._no_head(), weights)
+                    self._backward([parts], {ALL: 1.0})
+            return self._report(counts, sums, weights)
+        return self._balanced(views, counts, sums)
 
-    def _plan(self, batch: Batch) -> list[BlockRows]:
-        return plan_blocks(batch, self.method.needs, self.block_rows)
+    def _balanced(
+        self, views: Sequence[Sequence[View]], counts: dict[str, float], sums: _Sums
+    ) -> StepReport:
+        """All micro-batches forward, one gradient per term; one backward when weights are known."""
+        head = self._no_head()
+        parts = []
+        for index, group in enumerate(views):
+            with self._sync(index == len(views) - 1):
+                parts.append(self._stream(group, counts, sums, head, None))
+        weights = self._balancing_weights(self._means(counts, sums), parts)
+        self._backward(parts, weights)
+        return self._report(counts, sums, weights)
 
-    def _weight(self, name: str) -> float:
-        if name == CE:
-            return self.method.options.ce_weight
-        return self.method.weights().get(name, 1.0)
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are averaged over processes with the last micro-batch only."""
+        if last:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
 
-    def _known_in_advance(self, batches: Sequence[Batch], *, idle: bool) -> list[_Sides]:
-        """What has to be known of every micro-batch before the first gradient is taken."""
+    def _views(self, batch: Batch, *, idle: bool) -> list[View]:
+        laid = (batch, *batch.others)
+        return [
+            View(each, guide, self.network, self.method, self.precision, self.block_rows, idle)
+            for each, guide in zip(laid, self.guides, strict=True)
+        ]
+
+    # --- what has to be known over the global batch before the first gradient -----------------
+
+    def _known_in_advance(self, views: Sequence[View]) -> dict[str, float]:
+        """Counts of all terms; the views learn what the method has to know of the whole batch."""
         needs = self.method.needs
-        known = [_Sides(batch, pairs_per_document(batch, needs)) for batch in batches]
-        if self.teacher is None or not (needs.prepare or needs.kind == "scalars"):
-            return known
-        known = [replace(side, teacher=self.teacher.hidden(side.batch.teacher)) for side in known]
+        if needs.prepare or needs.kind == "scalars":
+            for view in views:
+                view.load_states()
         if needs.kind == "scalars":
-            if not idle:
-                known = [replace(sides, scalars=self._teacher_scalars(sides)) for sides in known]
-            totals = self._totals(known)
-            known = [replace(sides, totals=totals) for sides in known]
+            self._share_totals(views)
         if needs.prepare:
-            made = [self._prepared(sides) for sides in known]
-            if needs.prepare == "batch":
-                highest = self.accelerator.gather(torch.stack(made).amax(0)[None]).amax(0)
-                made = [highest] * len(made)
-            known = [
-                replace(sides, prepared=value) for sides, value in zip(known, made, strict=True)
-            ]
-        return known
+            self._share_prepared(views)
+        local: defaultdict[str, float] = defaultdict(float, {CE: 0.0})
+        for view in views:
+            for name, count in view.counts().items():
+                local[name] += count
+        counts = self.reduced(local)
+        for guide in self.guides:
+            totals = next(view.totals for view in views if view.guide is guide)
+            for name, total in totals.items():
+                if not total.ndim:
+                    counts[name + guide.suffix] = float(total)
+        return counts
 
-    @torch.no_grad()
-    def _prepared(self, sides: _Sides) -> Tensor:
-        parts = [self.method.prepare(rows) for rows in self._teacher_rows(sides)]
-        return torch.stack(parts).amax(0)
-
-    @torch.no_grad()
-    def _teacher_scalars(self, sides: _Sides) -> Scalars:
-        values = [self._scalars(rows, "teacher") for rows in self._teacher_rows(sides)]
-        side = sides.batch.teacher
-        (whole,) = all_rows(side, int(sides.batch.document_chunks.sum()), len(side.position))
-        return Scalars(torch.cat(values), _rows(side, whole.student, whole))
-
-    def _totals(self, known: Sequence[_Sides]) -> dict[str, Tensor]:
-        """What the method sums over the global batch."""
-        sums: dict[str, Tensor] = {}
-        for sides in known:
-            if sides.scalars is not None:
-                for name, total in self.method.totals(self._bare(sides), sides.scalars).items():
+    def _share_totals(self, views: Sequence[View]) -> None:
+        for guide in self.guides:
+            own = [view for view in views if view.guide is guide]
+            sums: dict[str, Tensor] = {}
+            for view in own:
+                if view.idle:
+                    continue
+                view.load_scalars()
+                for name, total in view.own_totals().items():
                     sums[name] = total + sums[name] if name in sums else total
-        return self._reduced(sums)
+            totals = self.reduced(sums)
+            for view in own:
+                view.totals = totals
 
-    def _teacher_rows(self, sides: _Sides) -> Iterator[Rows]:
-        """All of the teacher's rows with their logits, a block at a time."""
-        side = sides.batch.teacher
-        assert self.teacher is not None
-        assert sides.teacher is not None
-        for part in all_rows(side, int(sides.batch.document_chunks.sum()), self.block_rows):
-            states = sides.teacher[side.position[part.student]]
-            hidden = states if self.method.needs.teacher_hidden else None
-            rows = _rows(side, part.student, part)
-            yield replace(rows, logits=self.teacher.logits(states), hidden=hidden)
+    def _share_prepared(self, views: Sequence[View]) -> None:
+        needs = self.method.needs
+        for guide in self.guides:
+            own = [view for view in views if view.guide is guide]
+            for view in own:
+                view.prepared = view.prepare()
+            if needs.prepare == "batch":
+                stacked = torch.stack([view.prepared for view in own if view.prepared is not None])
+                join = torch.amax if needs.reduce == "max" else torch.sum
+                whole = join(self.accelerator.gather(join(stacked, dim=0)[None]), dim=0)
+                for view in own:
+                    view.prepared = whole
 
-    def _scalars(self, rows: Rows, side: SideName) -> Tensor:
-        with autocast(rows.token.device, self.precision):
-            return self.method.scalars(rows, side, self.tables, dict(self.network.extra.items()))
-
-    def _counts(
-        self, known: Sequence[_Sides], plans: Sequence[list[BlockRows]]
-    ) -> dict[str, float]:
-        """Every term's count over this process's share."""
-        counts: defaultdict[str, float] = defaultdict(float, {CE: 0.0})
-        for sides, blocks in zip(known, plans, strict=True):
-            for rows in blocks:
-                block = self._block(sides, rows, None)
-                supervised = block.student.supervised & (block.student.token >= 0)
-                counts[CE] += float(supervised.sum())
-                for name, count in self._block_counts(block).items():
-                    counts[name] += float(count)
-        return dict(counts)
-
-    def _bare(self, sides: _Sides) -> Rows:
-        """All of the student's rows, without logits and states."""
-        side = sides.batch.student
-        (whole,) = all_rows(side, int(sides.batch.document_chunks.sum()), len(side.position))
-        return _rows(side, whole.student, whole)
-
-    def _block_counts(self, block: Block) -> Mapping[str, Tensor]:
-        if self.method.needs.kind == "scalars":
-            return {}
-        counts = self.method.counts(block)
-        return self._counts_by_terms(block) if counts is None else counts
-
-    @torch.no_grad()
-    def _counts_by_terms(self, block: Block) -> dict[str, Tensor]:
-        """Counts of a method that does not tell them: its terms on rows of zeros."""
-        needs, rows = self.method.needs, block.student
-        hidden = _zeros(rows, _width(self.network)) if needs.hidden else None
-        student = replace(rows, logits=_zeros(rows, self.network.columns), hidden=hidden)
-        teacher, distributions = block.teacher, None
-        if teacher is not None and self.teacher is not None:
-            teacher = replace(teacher, logits=_zeros(teacher, self.teacher.columns))
-        if needs.bytes is not None:
-            shape = (_bytes_in(rows), ops.BYTES + 1)
-            distributions = torch.full(shape, 1 / shape[1], device=rows.token.device)
-        filled = replace(block, student=student, teacher=teacher, bytes=distributions)
-        terms = self.method.terms(filled, dict(self.network.extra.items()))
-        return {name: term.count for name, term in terms.items()}
-
-    def _reduced(self, values: Mapping[str, Number]) -> dict[str, Number]:
+    def reduced(self, values: Mapping[str, Number]) -> dict[str, Number]:
         """Sums over all processes; every process knows every name."""
         if self.accelerator.num_processes == 1:
             return dict(values)
@@ -279,158 +239,185 @@ class Step:
                 merged[name] = value + merged[name] if name in merged else value
         return merged
 
-    def _micro_batch(
-        self, known: _Sides, blocks: Sequence[BlockRows], counts: Mapping[str, float], sums: _Sums
-    ) -> None:
-        """One forward of both bodies, the blocks, one backward."""
-        batch = known.batch
-        with autocast(batch.student.ids.device, self.precision):
-            hidden = self.wrapped(batch.student.ids, batch.student.mask)
-        head = self.network.head_parameters()
-        hidden_grad = torch.zeros_like(hidden)
-        head_grads = [torch.zeros_like(parameter) for parameter in head]
-        sides = self._sides(known) if blocks else known
-        slopes = None
-        if sides.scalars is not None:
-            slopes = self._slopes(sides, blocks, hidden.detach(), counts, sums)
-        for rows in blocks:
-            leaf = hidden.detach()[batch.student.position[rows.student]].requires_grad_()
-            loss = self._block_loss(sides, rows, leaf, counts, sums)
-            if slopes is not None:
-                values = self._scalars(self._student_rows(sides, rows, leaf), "student")
-                loss = loss + (values * slopes[rows.student]).sum()
-            found = torch.autograd.grad(loss, [leaf, *head], allow_unused=True)
-            if found[0] is not None:
-                hidden_grad.index_add_(0, batch.student.position[rows.student], found[0])
-            for total, part in zip(head_grads, found[1:], strict=True):
-                if part is not None:
-                    total.add_(part)
-        surrogate = (hidden * hidden_grad).sum()
-        for parameter, gradient in zip(head, head_grads, strict=True):
-            surrogate = surrogate + (parameter * gradient).sum()
-        surrogate.backward()  # type: ignore[no-untyped-call]
+    # --- gradients ----------------------------------------------------------------------------
 
-    def _sides(self, known: _Sides) -> _Sides:
-        """With the teacher's states, unless they are known, and its byte distributions."""
-        needs, batch = self.method.needs, known.batch
-        if not needs.teacher:
-            return known
-        assert self.teacher is not None
-        hidden, distributions = known.teacher, None
-        if hidden is None and (needs.teacher_logits or needs.bytes != "beam"):
-            hidden = self.teacher.hidden(batch.teacher)
-        if needs.bytes is not None:
-            live = None if needs.bytes == "beam" else hidden
-            distributions = self.teacher.byte_distributions(batch, live, needs)
-        return replace(known, teacher=hidden, bytes=distributions)
+    def _no_head(self) -> defaultdict[str, list[Tensor]]:
+        parameters = self.network.head_parameters()
+        return defaultdict(lambda: [torch.zeros_like(parameter) for parameter in parameters])
 
-    def _slopes(
+    def _stream(
         self,
-        sides: _Sides,
-        blocks: Sequence[BlockRows],
-        hidden: Tensor,
+        views: Sequence[View],
         counts: Mapping[str, float],
         sums: _Sums,
-    ) -> Tensor:
-        """Gradient of the global loss with respect to the student's scalars, [R, m].
+        head: defaultdict[str, list[Tensor]],
+        weights: Mapping[str, float] | None,
+    ) -> _Gradients:
+        """One forward of both bodies, then the blocks.
+
+        weights: of the terms; None keeps the gradient of each term apart.
+        """
+        student = views[0].batch.student
+        with autocast(student.ids.device, self.precision):
+            hidden = self.wrapped(student.ids, student.mask)
+        parts = _Gradients(hidden, head)
+        for view in views:
+            if not view.blocks:
+                continue
+            view.load()
+            slopes = self._slopes(view, hidden.detach(), counts, sums)
+            for rows in view.blocks:
+                position = view.batch.student.position[rows.student]
+                leaf = hidden.detach()[position].requires_grad_()
+                shares = self._shares(view.block_terms(rows, leaf), counts, sums)
+                if slopes:
+                    shares |= _sloped(view, rows, leaf, slopes)
+                self._differentiate(shares, leaf, position, parts, weights)
+                del shares  # its graph would live on beside the next block's
+            view.unload()
+        return parts
+
+    def _differentiate(
+        self,
+        shares: Mapping[str, Tensor],
+        leaf: Tensor,
+        position: Tensor,
+        parts: _Gradients,
+        weights: Mapping[str, float] | None,
+    ) -> None:
+        """Add the gradients of a block's shares, weighted together or each by itself."""
+        wanted = {name: share for name, share in shares.items() if self._weight(name)}
+        if weights is not None:
+            weighted = [share * weights[name] for name, share in shares.items()]
+            wanted = {ALL: torch.stack([leaf.sum() * 0.0, *weighted]).sum()}
+        inputs = [leaf, *self.network.head_parameters()]
+        for name, share in wanted.items():
+            if share.requires_grad:
+                apart = weights is None
+                found = torch.autograd.grad(share, inputs, retain_graph=apart, allow_unused=True)
+                parts.add(name, position, found)
+
+    def _slopes(
+        self, view: View, hidden: Tensor, counts: Mapping[str, float], sums: _Sums
+    ) -> dict[str, Tensor]:
+        """Kind "scalars": gradient of every term's share with respect to the scalars, [R, m].
 
         The scalars are collected without a graph, so merging chunks over any distance costs no
         memory; the blocks then compute them once more, with one.
         """
-        assert sides.scalars is not None
-        position = sides.batch.student.position
+        if view.scalars is None:
+            return {}
+        position = view.batch.student.position
         with torch.no_grad():
-            states = (hidden[position[rows.student]] for rows in blocks)
             parts = [
-                self._scalars(self._student_rows(sides, rows, leaf), "student")
-                for rows, leaf in zip(blocks, states, strict=True)
+                view.method_scalars(
+                    view.student_rows(rows, hidden[position[rows.student]]), "student"
+                )
+                for rows in view.blocks
             ]
         values = torch.cat(parts).requires_grad_()
-        own = Scalars(values, self._bare(sides))
-        terms = self.method.combine(own, sides.scalars, sides.totals)
-        loss = self._weighted(terms, counts, sums, values.sum() * 0.0)
-        return torch.autograd.grad(loss, values)[0]
+        terms = self.method.combine(Scalars(values, view.bare()), view.scalars, view.totals)
+        named = {name + view.guide.suffix: term for name, term in terms.items()}
+        zero = values.sum() * 0.0
+        return {
+            name: torch.autograd.grad(share + zero, values, retain_graph=True)[0]
+            for name, share in self._shares(named, counts, sums).items()
+        }
 
-    def _block_loss(
-        self,
-        sides: _Sides,
-        rows: BlockRows,
-        leaf: Tensor,
-        counts: Mapping[str, float],
-        sums: _Sums,
-    ) -> Tensor:
-        """The block's share of the global loss; adds its terms to `sums`."""
-        with autocast(leaf.device, self.precision):
-            block = self._block(sides, rows, leaf)
-            terms = {CE: cross_entropy(block.student)}
-            if self.method.needs.kind == "blocks":
-                terms |= self.method.terms(block, dict(self.network.extra.items()))
-        return self._weighted(terms, counts, sums, leaf.sum() * 0.0)
-
-    def _weighted(
-        self, terms: Mapping[str, Term], counts: Mapping[str, float], sums: _Sums, loss: Tensor
-    ) -> Tensor:
-        """`loss` and the terms' shares of the global loss; notes them in `sums`."""
+    def _shares(
+        self, terms: Mapping[str, Term], counts: Mapping[str, float], sums: _Sums
+    ) -> dict[str, Tensor]:
+        """The terms' shares of their global means; notes totals and counts in `sums`."""
         scale = self.accelerator.num_processes  # DDP averages over processes
+        shares = {}
         for name, term in terms.items():
             sums.totals[name] += float(term.total.detach())
             sums.counts[name] += float(term.count)
             if counts.get(name, 0.0) > 0:
-                loss = loss + term.total * (self._weight(name) * scale / counts[name])
-        return loss
+                shares[name] = term.total * (scale / counts[name])
+        return shares
 
-    def _block(self, sides: _Sides, rows: BlockRows, leaf: Tensor | None) -> Block:
-        """The block; without states (leaf None) it carries no logits, for counting."""
-        needs, batch = self.method.needs, sides.batch
-        student = _rows(batch.student, rows.student, rows)
-        if leaf is not None:
-            student = self._student_rows(sides, rows, leaf)
-        teacher = None
-        if needs.teacher_logits and needs.kind == "blocks":
-            teacher = _rows(batch.teacher, rows.teacher, rows)
-            if sides.teacher is not None and self.teacher is not None:
-                states = sides.teacher[batch.teacher.position[rows.teacher]]
-                teacher = replace(teacher, logits=self.teacher.logits(states))
-        distributions = None
-        if sides.bytes is not None:
-            distributions = sides.bytes[_byte_places(batch, student)]
-        return Block(
-            student=student,
-            teacher=teacher,
-            chunks=rows.chunks,
-            document_chunks=sides.per_document,
-            pairs=rows.pairs,
-            bytes=distributions,
-            pair=self.tables,
-            batch=sides.prepared,
-        )
+    def _backward(self, parts: Sequence[_Gradients], weights: Mapping[str, float]) -> None:
+        """One backward through the wrapped network, for all the states at hand."""
+        surrogate = torch.stack([part.surrogate(weights) for part in parts]).sum()
+        found = parts[0].head
+        if not found:
+            found[ALL]  # an idle process: zeros, for DDP waits for every parameter
+        for name, gradients in found.items():
+            for parameter, gradient in zip(self.network.head_parameters(), gradients, strict=True):
+                surrogate = surrogate + (parameter * gradient).sum() * weights.get(name, 0.0)
+        surrogate.backward()  # type: ignore[no-untyped-call]
 
-    def _student_rows(self, sides: _Sides, rows: BlockRows, leaf: Tensor) -> Rows:
-        """The block's student rows with their logits."""
-        bare = _rows(sides.batch.student, rows.student, rows)
-        hidden = leaf if self.method.needs.hidden else None
-        return replace(bare, logits=self.network.logits(leaf), hidden=hidden)
+    # --- weights ------------------------------------------------------------------------------
+
+    def _weight(self, name: str) -> float:
+        """A term's weight by the method and its teacher."""
+        if name == CE:
+            return self.method.options.ce_weight
+        base, mark, number = name.partition("@")
+        guide = next(guide for guide in self.guides if guide.suffix == mark + number)
+        return self.method.weights().get(base, 1.0) * guide.weight
+
+    def _balancing_weights(
+        self, means: Mapping[str, float], parts: Sequence[_Gradients]
+    ) -> dict[str, float]:
+        own = {name: self._weight(name) for name in means}
+        if self.balancing == "ratio":
+            terms = {name: value for name, value in means.items() if name != CE}
+            return {CE: 1.0, **balance.ratio(means.get(CE, 0.0), terms, own)}
+        weighted = [name for name, weight in own.items() if weight]
+        return dict.fromkeys(means, 0.0) | balance.gradmag(self._norms(weighted, parts))
+
+    def _norms(self, names: Iterable[str], parts: Sequence[_Gradients]) -> dict[str, float]:
+        """Norm of each term's gradient over the global batch on the last layer's parameters."""
+        processes = self.accelerator.num_processes
+        norms = {}
+        for name in names:
+            surrogate = torch.stack([part.surrogate({name: 1.0}) for part in parts]).sum()
+            found = torch.autograd.grad(
+                surrogate, self._layer, retain_graph=True, allow_unused=True
+            )
+            flat = torch.cat(
+                [
+                    (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+                    for parameter, gradient in zip(self._layer, found, strict=True)
+                ]
+            )
+            if processes > 1:
+                flat = self.accelerator.reduce(flat, reduction="sum")
+            norms[name] = float(flat.norm()) / processes
+        return norms
+
+    # --- the report ---------------------------------------------------------------------------
+
+    def _means(self, counts: Mapping[str, float], sums: _Sums) -> dict[str, float]:
+        """Every term's mean; a count of `Method.totals` that is no term's does not appear."""
+        totals = self.reduced({CE: 0.0, **sums.totals})
+        return {
+            name: total / counts[name] if counts.get(name) else 0.0
+            for name, total in totals.items()
+        }
+
+    def _report(
+        self, counts: dict[str, float], sums: _Sums, weights: Mapping[str, float]
+    ) -> StepReport:
+        seen = self.reduced(sums.counts)
+        if self.method.needs.kind == "scalars":  # whose totals may hold more than counts
+            counts = {name: count for name, count in counts.items() if name in seen}
+        _check_counts(counts, seen)
+        means = self._means(counts, sums)
+        loss = sum(weights.get(name, 0.0) * value for name, value in means.items())
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is not finite ({means})", "lower train.learning_rate")
+        return StepReport(loss, means, {name: weights.get(name, 0.0) for name in means})
 
 
-def _rows(side: SideBatch, index: Tensor, block: BlockRows) -> Rows:
-    """The named rows, without logits; the block's chunks are numbered from 0."""
-    chunk = side.chunk[index] - block.first_chunk
-    return Rows(
-        logits=None,
-        token=side.token[index],
-        chunk=torch.where((chunk >= 0) & (chunk < block.chunks), chunk, -1),
-        supervised=side.supervised[index],
-        document=side.document[index],
-        byte_start=side.byte_start[index],
-        byte_end=side.byte_end[index],
-    )
-
-
-def _byte_places(batch: Batch, rows: Rows) -> Tensor:
-    """Where the bytes of the rows' chunks lie in the bytes of all documents joined, [N]."""
-    width = torch.where(rows.chunk >= 0, rows.byte_end - rows.byte_start, 0)
-    row, offset = ops.ragged(width)
-    return (batch.first_bytes()[rows.document] + rows.byte_start)[row] + offset
+def _sloped(
+    view: View, rows: BlockRows, leaf: Tensor, slopes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What has, of every term, the gradient that its slope says."""
+    values = view.method_scalars(view.student_rows(rows, leaf), "student")
+    return {name: (values * slope[rows.student]).sum() for name, slope in slopes.items()}
 
 
 def _check_counts(expected: Mapping[str, float], seen: Mapping[str, float]) -> None:
@@ -442,16 +429,3 @@ def _check_counts(expected: Mapping[str, float], seen: Mapping[str, float]) -> N
                 f"method term {name!r} counts {found:g} in terms() but {told:g} in advance",
                 "a count must follow from tokens and chunks alone, and counts() must agree",
             )
-
-
-def _width(network: Network) -> int:
-    return int(models.base_model(network.model).get_output_embeddings().weight.shape[1])
-
-
-def _bytes_in(rows: Rows) -> int:
-    return int(torch.where(rows.chunk >= 0, rows.byte_end - rows.byte_start, 0).sum())
-
-
-def _zeros(rows: Rows, columns: int) -> Tensor:
-    """[R, columns] zeros that take no memory."""
-    return torch.zeros(1, 1, device=rows.token.device).expand(len(rows.token), columns)

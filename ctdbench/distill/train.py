@@ -8,7 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from accelerate import Accelerator
 
 from ctdbench.distill import checkpoint, models
 from ctdbench.distill.batches import Batch, collate
-from ctdbench.distill.corpus import Corpus, training_order
-from ctdbench.distill.examples import Example, build_examples
+from ctdbench.distill.corpus import Corpus
+from ctdbench.distill.examples import Example
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
-from ctdbench.distill.step import Network, Step
+from ctdbench.distill.sources import OnPolicy, training_examples
+from ctdbench.distill.step import Balance, Step, StepReport
 from ctdbench.distill.teacher import Teacher
-from ctdbench.errors import RunError, UserError
+from ctdbench.distill.view import Guide, Network
+from ctdbench.errors import RunError
 from ctdbench.method import Method, PairInfo, PairTables, Trainable
 from ctdbench.results import write_jsonl_atomic
 from ctdbench.spec import RunSpec
@@ -31,17 +33,27 @@ from ctdbench.text.projection import Projection, build_projection, encoder
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+MODULES = "modules.safetensors"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run trains with: both sides, the method, and the tables of the pair."""
+    """What a run trains with: both sides, the method, and the tables of the pair.
+
+    others: further teachers, each with its tables.
+    """
 
     student: Side
     teacher: Teacher
     method: Method
     tables: PairTables
     corpus: Corpus
+    others: tuple[Guide, ...] = ()
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All teachers, the first one first."""
+        return [self.teacher, *(guide.teacher for guide in self.others if guide.teacher)]
 
 
 @dataclass
@@ -67,6 +79,7 @@ class TrainReport:
     flops: float
     peak_memory_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
+    generated: dict[str, int] = field(default_factory=dict)
 
 
 def pair_tables(student: Side, teacher: Side) -> PairTables:
@@ -114,7 +127,16 @@ def train(
     Raises UserError if the corpus is too small or leaves no usable document, RunError if the loss
     or its gradient stops being finite.
     """
-    examples, skipped = _examples(spec, setting)
+    teachers = setting.teachers
+    examples, skipped = training_examples(
+        spec,
+        setting.corpus,
+        setting.method,
+        setting.student,
+        teachers,
+        accelerator,
+        progress=progress and accelerator.is_main_process,
+    )
     batches = list(_global_batches(examples, spec.train.batch_documents))
     network, optimizer = build_network(spec, setting)
     network.to(accelerator.device).eval()  # no dropout: a resumed run ends in the same numbers
@@ -125,12 +147,21 @@ def train(
         setting.method,
         setting.tables,
         accelerator=accelerator,
+        others=setting.others,
+        weight=spec.pair.teachers[0].weight,
         precision=resolve(spec.train.precision, accelerator.device),
         block_rows=spec.train.block_rows,
+        balancing=balancing(spec, setting.method),
     )
-    loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches))
+    writer = OnPolicy.of(spec, setting.student, network.model, teachers, accelerator.device)
+    loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer)
     loop.run(batches, progress=progress and accelerator.is_main_process)
-    return network, _report(done, setting, network, skipped)
+    return network, replace(_report(done, setting, network, skipped), generated=dict(writer.counts))
+
+
+def balancing(spec: RunSpec, method: Method) -> Balance:
+    """How the terms are weighted: as asked for, or as the method was published."""
+    return method.balance if spec.train.balance == "auto" else spec.train.balance
 
 
 class _Loop:
@@ -145,8 +176,10 @@ class _Loop:
         folder: Path,
         done: Progress,
         steps: int,
+        writer: OnPolicy,
     ) -> None:
         self.spec, self.setting, self.step, self.optimizer = spec, setting, step, optimizer
+        self.writer = writer
         self.folder, self.done, self.steps = folder, done, steps
         self.accelerator = step.accelerator
         self.peaks = [group["lr"] for group in optimizer.param_groups]
@@ -177,8 +210,10 @@ class _Loop:
         started = time.monotonic()
         # What a method draws at random depends on the step alone, so a resumed run draws the same.
         torch.manual_seed(derived_seed("step", self.spec.seed, self.done.step))
-        micro_batches, idle = self._share(examples)
-        report = self.step.gradients(micro_batches, idle=idle)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = self.writer.examples(examples[rank::processes], self.done.step)
+        # A process without a document borrows one and is idle.
+        report = self.step.gradients(self._micro_batches(mine or examples[:1]), idle=not mine)
         self._clip()
         scale = schedule(self.done.step, self.steps, self.spec.train.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -186,11 +221,26 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done.step += 1
-        self.done.text_bytes += sum(len(example.text) for example in examples)
-        self.done.student_tokens += sum(len(example.student.chunk) for example in examples)
-        self.done.teacher_tokens += sum(len(example.teacher.chunk) for example in examples)
+        self._count(mine)
         self.done.seconds += time.monotonic() - started
-        return {"loss": report.loss, **report.terms}
+        return {"loss": report.loss, **report.terms, **self._moving_weights(report)}
+
+    def _count(self, mine: Sequence[Example]) -> None:
+        """Text and tokens of this step, over all processes."""
+        taught = [side for example in mine for side in (example, *example.others)]
+        counted = {
+            "text_bytes": sum(len(example.text) for example in mine),
+            "student_tokens": sum(len(example.student.chunk) for example in mine),
+            "teacher_tokens": sum(len(example.teacher.chunk) for example in taught),
+        }
+        for name, count in self.step.reduced(counted).items():
+            setattr(self.done, name, getattr(self.done, name) + int(count))
+
+    def _moving_weights(self, report: StepReport) -> dict[str, float]:
+        """The terms' weights, where balancing sets them anew at every step."""
+        if self.step.balancing == "fixed":
+            return {}
+        return {f"weight {name}": weight for name, weight in report.weights.items()}
 
     def _clip(self) -> None:
         """Clip the student as a whole and every extra module by itself."""
@@ -199,18 +249,12 @@ class _Loop:
             if not torch.isfinite(norm):
                 raise RunError("the gradient is not finite", "lower train.learning_rate")
 
-    def _share(self, examples: list[Example]) -> tuple[list[Batch], bool]:
-        """This process's micro-batches; a process without a document borrows one and is idle."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = examples[rank::processes]
-        idle = not mine
-        mine = mine or examples[:1]
+    def _micro_batches(self, mine: Sequence[Example]) -> list[Batch]:
         size = self.spec.train.micro_batch or len(mine)
-        pads = [
-            side.specials.pad or 0 for side in (self.setting.student, self.setting.teacher.side)
-        ]
+        sides = [self.setting.student, *(teacher.side for teacher in self.setting.teachers)]
+        pads = [side.specials.pad or 0 for side in sides]
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [collate(part, *pads).to(self.accelerator.device) for part in parts], idle
+        return [collate(part, *pads).to(self.accelerator.device) for part in parts]
 
     def _checkpoint(self) -> None:
         every = self.spec.train.checkpoint_every
@@ -267,8 +311,29 @@ def build_network(spec: RunSpec, setting: Setting) -> tuple[Network, torch.optim
 def extra_modules(spec: RunSpec, setting: Setting) -> dict[str, Trainable]:
     """The method's modules, initialised from a seed of their own."""
     torch.manual_seed(derived_seed("modules", spec.method, spec.seed))
-    pair = PairInfo(setting.student.width, setting.teacher.side.width, setting.tables)
-    return setting.method.modules(pair)
+    found = {}
+    for guide in (Guide(setting.teacher, setting.tables), *setting.others):
+        assert guide.teacher is not None
+        pair = PairInfo(setting.student.width, guide.teacher.side.width, guide.tables)
+        for name, extra in setting.method.modules(pair).items():
+            found[name + guide.suffix] = extra
+    return found
+
+
+def save_modules(spec: RunSpec, setting: Setting, network: Network, folder: Path) -> None:
+    """The modules that a method wants kept (`Trainable.keep`), as FOLDER/modules.safetensors."""
+    from safetensors.torch import save_file
+
+    kept = {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name, extra in extra_modules(spec, setting).items()
+        if extra.keep
+        for key, tensor in network.extra[name].state_dict().items()
+    }
+    if kept:
+        temporary = folder / f"{MODULES}.tmp"
+        save_file(kept, temporary)
+        temporary.replace(folder / MODULES)
 
 
 def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) -> torch.optim.AdamW:
@@ -293,17 +358,6 @@ def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) ->
     return torch.optim.AdamW(filled, weight_decay=settings.weight_decay)
 
 
-def _examples(spec: RunSpec, setting: Setting) -> tuple[list[Example], dict[str, int]]:
-    settings = spec.train
-    documents = training_order(setting.corpus, spec.seed, settings.budget, settings.document_bytes)
-    sides = setting.student, setting.teacher.side
-    examples, skipped = build_examples(documents, *sides, settings.template)
-    if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        raise UserError(f"corpus {setting.corpus.name} leaves nothing to train on ({reasons})")
-    return examples, skipped
-
-
 def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(examples), size):
         yield list(examples[start : start + size])
@@ -312,12 +366,15 @@ def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Exa
 def _report(
     done: Progress, setting: Setting, network: Network, skipped: dict[str, int]
 ) -> TrainReport:
-    """FLOPs (Kaplan et al.): 6 x parameters x tokens for the student, 2 x for a live teacher."""
+    """FLOPs (Kaplan et al.): 6 x parameters x tokens for the student, 2 x for live teachers.
+
+    Generating text is not in them.
+    """
     student = sum(p.numel() for p in network.model.parameters())
-    teacher = sum(p.numel() for p in setting.teacher.side.model.parameters())
+    sizes = [sum(p.numel() for p in t.side.model.parameters()) for t in setting.teachers]
     flops = 6.0 * student * done.student_tokens
-    if setting.method.needs.teacher:
-        flops += 2.0 * teacher * done.teacher_tokens
+    if setting.method.needs.teacher:  # teacher_tokens are of all teachers: near enough, evenly
+        flops += 2.0 * (sum(sizes) / len(sizes)) * done.teacher_tokens
     return TrainReport(
         steps=done.step,
         text_bytes=done.text_bytes,

@@ -28,6 +28,7 @@ from ctdbench.distill.corpus import Corpus, load_corpus, training_order
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.teacher import Teacher
+from ctdbench.distill.view import Guide
 from ctdbench.errors import UserError
 from ctdbench.evaluate import (
     EvaluationRequest,
@@ -60,18 +61,18 @@ def run_cell(
     accelerator = Accelerator(mixed_precision="no")  # autocast is the harness's own
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     pair = LoadedPair(spec, accelerator.device)
-    create(spec.method, spec.options).check(train.pair_tables(pair.student, pair.teacher))
+    method = create(spec.method, spec.options)
+    for teacher in pair.teachers:
+        method.check(train.pair_tables(pair.student, teacher))
     if accelerator.is_main_process:
-        for method in results.BASELINES:
-            _baseline(cell, method, pair, progress=progress)
+        for name in results.baselines(len(spec.pair.teachers)):
+            _baseline(cell, name, pair, progress=progress)
     accelerator.wait_for_everyone()
     return {**cell.run(pair, accelerator, progress=progress), "was_done": False}
 
 
 def _check(spec: RunSpec, corpus: Corpus) -> None:
     """What can be said of a request before the first model is loaded is said now."""
-    if len(spec.pair.teachers) != 1:
-        raise UserError(f"pair {spec.pair.name}: teachers: one is supported, not several")
     method = create(spec.method, spec.options)
     if method.needs.bytes == "beam" and spec.train.template == "chat":
         raise UserError("method.bytes: beam reads plain text", "set train.template=plain")
@@ -79,7 +80,7 @@ def _check(spec: RunSpec, corpus: Corpus) -> None:
 
 
 class LoadedPair:
-    """Both sides of a pair, each loaded once. Training changes the student in place."""
+    """All sides of a pair, each loaded once. Training changes the student in place."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self.spec = spec
@@ -91,9 +92,15 @@ class LoadedPair:
         return self._load(self.spec.pair.student)
 
     @cached_property
-    def teacher(self) -> Side:
-        """The teacher."""
-        return self._load(self.spec.pair.teachers[0])
+    def teachers(self) -> list[Side]:
+        """The teachers, in the pair's order."""
+        return [self._load(spec) for spec in self.spec.pair.teachers]
+
+    def baseline(self, method: str) -> Side:
+        """The side that a baseline's name stands for."""
+        if method == results.START:
+            return self.student
+        return self.teachers[int(method.partition("-")[2] or 1) - 1]
 
     def _load(self, spec: ModelSpec) -> Side:
         side = models.load_side(spec, trust_remote_code=self.spec.trust_remote_code)
@@ -128,7 +135,7 @@ class Cell:
             if accelerator.is_main_process:
                 if progress:
                     print(f"evaluating {self.spec.method}", file=sys.stderr)
-                self.evaluate(student, pair.teacher, cost)
+                self.evaluate(student, pair.teachers, cost)
         except Exception as error:
             if accelerator.is_main_process and getattr(error, "exit_code", 1) == 1:
                 self._record_failure(error)
@@ -142,19 +149,33 @@ class Cell:
         self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool
     ) -> tuple[Side, dict[str, Any]]:
         """The trained student as it would be exported (merged, float32), and what it cost."""
-        tables = train.pair_tables(pair.student, pair.teacher)
         precision = resolve(self.spec.train.precision, accelerator.device)
-        identity = f"{self.content['teacher']}/{self.spec.pair.teachers[0].layers}"
-        teacher = Teacher(pair.teacher, tables.teacher_trie, precision, identity)
+        first, *others = [
+            self._guide(pair, index, precision) for index in range(len(pair.teachers))
+        ]
+        assert first.teacher is not None
         method = create(self.spec.method, self.spec.options)
-        setting = train.Setting(pair.student, teacher, method, tables, self.corpus)
+        setting = train.Setting(
+            pair.student, first.teacher, method, first.tables, self.corpus, tuple(others)
+        )
         network, report = train.train(
             self.spec, setting, self.folder, accelerator, progress=progress
         )
+        if accelerator.is_main_process:
+            train.save_modules(self.spec, setting, network, self.folder)
         exported = models.merged(network.model).float().eval()
         return replace(pair.student, model=exported), asdict(report)
 
-    def evaluate(self, student: Side, teacher: Side, cost: dict[str, Any]) -> None:
+    def _guide(self, pair: LoadedPair, index: int, precision: str) -> Guide:
+        """The teacher at `index` with its tables."""
+        side, stated = pair.teachers[index], self.spec.pair.teachers[index]
+        tables = train.pair_tables(pair.student, side)
+        identity = f"{self.content[_teacher_name(index)]}/{stated.layers}"
+        teacher = Teacher(side, tables.teacher_trie, precision, identity)
+        suffix = f"@{index + 1}" if index else ""
+        return Guide(teacher, tables, suffix, stated.weight)
+
+    def evaluate(self, student: Side, teachers: Sequence[Side], cost: dict[str, Any]) -> None:
         """Evaluate a side as the student and write the cell: samples first, the result last."""
         started = time.monotonic()
         spec = self.spec.eval
@@ -163,7 +184,7 @@ class Cell:
                 student=student.model,
                 tokenizer=student.tokenizer,
                 tasks=spec.tasks,
-                teachers=[(teacher.model, teacher.tokenizer)],
+                teachers=[(teacher.model, teacher.tokenizer) for teacher in teachers],
                 limit=spec.limit,
                 batch_size=spec.batch_size,
                 data_dir=self.data_dir,
@@ -201,7 +222,7 @@ class Cell:
 
 
 def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> None:
-    """Evaluate the untrained student (`start`) or the `teacher`, once for all cells beside it."""
+    """Evaluate the untrained student (`start`) or a teacher, once for all cells beside it."""
     neutral = TrainSpec(corpus=cell.spec.train.corpus)
     spec = cell.spec.model_copy(
         update={"method": method, "seed": 0, "options": {}, "train": neutral}
@@ -210,7 +231,7 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
     if results.finished(own.folder) is None:
         if progress:
             print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
-        own.evaluate(pair.student if method == "start" else pair.teacher, pair.teacher, {})
+        own.evaluate(pair.baseline(method), pair.teachers, {})
 
 
 def decontaminated(
@@ -241,15 +262,20 @@ def content(spec: RunSpec, corpus: Corpus, data_dir: Path | None) -> dict[str, s
     """Hashes of everything that the spec names and that can change the result."""
     pair = spec.pair
     named = {"corpus": corpus.fingerprint, "engine": str(ENGINE_VERSION)}
-    sides = {"student": pair.student, "teacher": pair.teachers[0]}
+    sides: dict[str, ModelSpec] = {"student": pair.student}
+    sides |= {_teacher_name(index): side for index, side in enumerate(pair.teachers)}
     for role, side in sides.items():
         parts = [side.model, *([side.tokenizer] if side.tokenizer else [])]
         found = [references.content(references.parse(text)) for text in parts]
         named[role] = "+".join(found)
-    if spec.method not in results.BASELINES:
+    if not results.is_baseline(spec.method):
         named["method"] = _method_code(spec.method)
     tasks = task_content(spec.eval.tasks, data_dir)
     return named | {f"task:{name}": digest for name, digest in tasks.items()}
+
+
+def _teacher_name(index: int) -> str:
+    return results.baselines(index + 1)[index]
 
 
 def _method_code(name: str) -> str:

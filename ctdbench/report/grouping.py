@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ctdbench import registry
-from ctdbench.results import BASELINES, Result
+from ctdbench import registry, results
+from ctdbench.results import Result
 from ctdbench.spec import EvalSpec, PairSpec, TrainSpec, is_identity
 
 # What every cell of a table has in common; the rest of TrainSpec may tell two rows apart.
@@ -36,7 +36,7 @@ def comparable(result: Result, others: Iterable[Result]) -> list[Result]:
 
 def is_baseline(result: Result) -> bool:
     """Whether this is the start or the teacher of a pair, and no method."""
-    return result["spec"]["method"] in BASELINES
+    return results.is_baseline(result["spec"]["method"])
 
 
 def is_baseline_of(baseline: Result, cell: Result) -> bool:
@@ -67,14 +67,14 @@ def evaluation_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in fields.items()}
 
 
-def variants(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Cells by row label, one a seed (the last given); results come oldest first.
+def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
+    """Cells by row label, one a seed (the last given); they come oldest first.
 
     A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
     settings that are not the default, and the options in which rows of the method differ.
     """
     rows: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
-    for result in results:
+    for result in cells:
         spec = result["spec"]
         rows[row_label(spec)][_key(_options(spec))][spec["seed"]] = result
     labelled = {}
@@ -95,9 +95,12 @@ def row_label(spec: Mapping[str, Any]) -> str:
     value = spec["options"].get(option) if option else None
     name += f"[{value}]" if value is not None else ""
     name += " (seqkd)" if name == "sft" and is_teachers_text(spec) else ""
-    chosen = _train_choices(spec).items()
+    chosen = _train_choices(spec)
+    if info and info.meta.get("on_policy"):  # as published; the row says what was done here
+        share = chosen.pop("on_policy")
+        name += f" (on-policy {share:g})" if share else " (off-policy)"
     return name + "".join(
-        f" {field}={value}" for field, value in chosen if value != DEFAULTS[field]
+        f" {field}={value}" for field, value in chosen.items() if value != DEFAULTS[field]
     )
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
 
+from ctdbench import results
 from ctdbench.report import grouping
-from ctdbench.results import BASELINES, Result
+from ctdbench.results import Result
 from ctdbench.spec import EvalSpec, TrainSpec, format_bytes
 
 LOWER_IS_BETTER = ("bpb", "bits", "jsd", "perplexity", "word_perplexity", "byte_perplexity")
@@ -90,18 +91,18 @@ class Table:
         return f"{self.pair}: {', '.join(parts + changed)}"
 
 
-def comparison(results: Iterable[Result], headline: Mapping[str, str] | None = None) -> list[Table]:
+def comparison(cells: Iterable[Result], headline: Mapping[str, str] | None = None) -> list[Table]:
     """Tables of all cells given, those that failed only as notes.
 
     headline: the metric to show of a task; by default a task's first.
     """
-    newest_last = sorted(results, key=lambda result: str(result["provenance"].get("created", "")))
+    newest_last = sorted(cells, key=lambda result: str(result["provenance"].get("created", "")))
     baselines = [result for result in newest_last if grouping.is_baseline(result)]
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in newest_last:
         if not grouping.is_baseline(result):
             groups[grouping.group_key(result)].append(result)
-    tables = [_table(cells, baselines, headline or {}) for cells in groups.values()]
+    tables = [_table(group, baselines, headline or {}) for group in groups.values()]
     return sorted(tables, key=lambda table: table.title)
 
 
@@ -113,7 +114,8 @@ def _table(
     latest = {result["spec"]["method"]: result for result in matching if result["scores"]}
     columns = _columns([*latest.values(), *done], headline)
     means = {method: _means([result], columns) for method, result in latest.items()}
-    groups = [(method, [latest[method]]) for method in BASELINES if method in latest]
+    expected = results.baselines(len(cells[0]["spec"]["pair"]["teachers"]))
+    groups = [(method, [latest[method]]) for method in expected if method in latest]
     groups += sorted(
         grouping.variants(done).items(),
         key=lambda entry: (not entry[0].startswith("sft"), entry[0]),
@@ -129,9 +131,9 @@ def _table(
     )
 
 
-def _columns(results: Iterable[Result], headline: Mapping[str, str]) -> tuple[Column, ...]:
+def _columns(cells: Iterable[Result], headline: Mapping[str, str]) -> tuple[Column, ...]:
     columns: dict[str, Column] = {}
-    for result in results:
+    for result in cells:
         for task, metrics in result["scores"].items():
             if metrics and task not in columns:
                 wanted = headline.get(task, "")
@@ -147,7 +149,7 @@ def _row(
 ) -> Row:
     means = _means(cells, columns)
     method = cells[0]["spec"]["method"]
-    if method not in BASELINES:
+    if not results.is_baseline(method):
         means = {column: _beside(score, column, baselines) for column, score in means.items()}
     seconds = [time for cell in cells if (time := cell["cost"].get("train_seconds")) is not None]
     return Row(
@@ -202,9 +204,10 @@ def _gap(start: Score, teacher: Score | None, column: Column) -> float | None:
 def _notes(cells: Sequence[Result], rows: Sequence[Row]) -> tuple[str, ...]:
     notes = [LEGEND]
     shown = {row.method for row in rows}
-    if absent := [name for name in BASELINES if name not in shown]:
+    expected = results.baselines(len(cells[0]["spec"]["pair"]["teachers"]))
+    if absent := [name for name in expected if name not in shown]:
         notes.append(f"No {' and no '.join(absent)} was evaluated with these settings.")
-    if any(len(row.seeds) == 1 and row.method not in BASELINES for row in rows):
+    if any(len(row.seeds) == 1 and not results.is_baseline(row.method) for row in rows):
         notes.append("Rows of one seed: too few to rank.")
     notes += _corpus_note(cells[0]["spec"])
     notes += [f"{row.label}: {_options(row.options)}" for row in rows if row.options]

@@ -1,0 +1,132 @@
+"""What a run trains on: the corpus's documents, the teacher's text, or what the student writes.
+
+Whatever the source, order and prompts are the corpus's, so every method of a table starts from the
+same documents. A generated answer may be shorter or longer than the one it stands for: the budget
+counts the corpus's bytes, the cost of a cell those that were trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import Accelerator
+
+from ctdbench.distill import rollouts
+from ctdbench.distill.corpus import Corpus, Document, training_order
+from ctdbench.distill.examples import Example, build_examples
+from ctdbench.distill.models import Side
+from ctdbench.distill.precision import resolve
+from ctdbench.distill.teacher import Teacher
+from ctdbench.errors import UserError
+from ctdbench.method import Method
+from ctdbench.spec import RunSpec, TrainSpec
+
+
+def decoding(settings: TrainSpec, seed: int) -> rollouts.Decoding:
+    """How a run's text is generated."""
+    return rollouts.Decoding(
+        temperature=settings.generation_temperature,
+        max_new_tokens=settings.generated_tokens,
+        seed=seed,
+    )
+
+
+def training_examples(
+    spec: RunSpec,
+    corpus: Corpus,
+    method: Method,
+    student: Side,
+    teachers: Sequence[Teacher],
+    accelerator: Accelerator,
+    *,
+    progress: bool,
+) -> tuple[list[Example], dict[str, int]]:
+    """The run's examples in order, and how many documents were left out, by reason.
+
+    Raises UserError if none is left.
+    """
+    settings = spec.train
+    documents = training_order(corpus, spec.seed, settings.budget, settings.document_bytes)
+    counts: dict[str, int] = {}
+    if method.needs.text == "teacher":
+        with accelerator.main_process_first():  # the others find what the first one cached
+            documents, counts = rollouts.teacher_text(
+                teachers[0].side,
+                documents,
+                decoding(settings, spec.seed),
+                template=settings.template,
+                prompt_bytes=settings.prompt_bytes,
+                identity=teachers[0].identity,
+                precision=teachers[0].precision,
+                progress=progress,
+            )
+    sides = [teacher.side for teacher in teachers]
+    examples, skipped = build_examples(documents, student, sides[0], settings.template, sides[1:])
+    skipped |= counts
+    if not examples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise UserError(f"corpus {corpus.name} leaves nothing to train on ({reasons})")
+    return examples, skipped
+
+
+@dataclass
+class OnPolicy:
+    """Replaces some documents' text by what the student writes at that step.
+
+    Which documents, and what is drawn, follows from the seed, the step and the document alone: not
+    from micro-batches or processes.
+    """
+
+    spec: RunSpec
+    student: Side
+    teachers: Sequence[Side]
+    precision: str
+    counts: Counter[str]
+
+    @classmethod
+    def of(
+        cls, spec: RunSpec, student: Side, model: Any, teachers: Sequence[Teacher], device: Any
+    ) -> OnPolicy:
+        """model: the student as it is trained, adapters included."""
+        sides = [teacher.side for teacher in teachers]
+        precision = resolve(spec.train.precision, device)
+        return cls(spec, replace(student, model=model), sides, precision, Counter())
+
+    def examples(self, batch: Sequence[Example], step: int) -> list[Example]:
+        """The step's examples; the corpus's own text stays where the student wrote none."""
+        chosen = [index for index in range(len(batch)) if self._is_chosen(batch[index].document)]
+        if not chosen:
+            return list(batch)
+        settings = self.spec.train
+        answers = rollouts.continued(
+            self.student,
+            [rollouts.prompt(batch[index].document, settings.prompt_bytes) for index in chosen],
+            decoding(settings, self.spec.seed),
+            template=settings.template,
+            stream=f"step {step}",
+            precision=self.precision,
+        )
+        made = dict(enumerate(batch))
+        for index, answer in zip(chosen, answers, strict=True):
+            found = self._example(answer)
+            self.counts["on-policy" if found else "on-policy without text"] += 1
+            made[index] = found or made[index]
+        return [made[index] for index in range(len(batch))]
+
+    def _is_chosen(self, document: Document) -> bool:
+        share = self.spec.train.on_policy
+        draw = random.Random(f"ctdbench/on-policy/{self.spec.seed}/{document.text}").random()
+        return draw < share
+
+    def _example(self, answer: Document | None) -> Example | None:
+        if answer is None:
+            return None
+        template = self.spec.train.template
+        found, _ = build_examples(
+            [answer], self.student, self.teachers[0], template, self.teachers[1:]
+        )
+        return found[0] if found else None
