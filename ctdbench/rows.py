@@ -14,12 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctdbench.text.edit_distance import minimum_edit_map
 from ctdbench.text.prefixes import PrefixMap
-from ctdbench.text.projection import Projection, build_projection, common_pairs
+from ctdbench.text.projection import (
+    Coverage,
+    Projection,
+    build_projection,
+    common_pairs,
+    coverage,
+)
 from ctdbench.text.vocabulary import ByteTrie, exact_matches
 
 ByteEstimator = Literal["path", "mixed", "beam"]
 GivenProjection = tuple[Any, Any] | Callable[[], tuple[Any, Any]]
+EditMapping = Callable[[Sequence[bytes], Sequence[bytes], Sequence[tuple[int, int]]], Any]
 SideName = Literal["student", "teacher"]
 
 
@@ -78,6 +86,7 @@ class PairTables:
     student_special, teacher_special: all ids that stand for no bytes of text.
     projection: W as (indices [V_S, k] with -1 for none, weights [V_S, k]), or what makes it when a
         method first asks; None: `build_projection` from the vocabularies alone, no tokenizer.
+    edit_mapping: what makes the maps of least edit distance; a harness keeps them on disk.
     """
 
     student_vocabulary: Sequence[bytes]
@@ -86,6 +95,7 @@ class PairTables:
     student_special: tuple[int, ...] = ()
     teacher_special: tuple[int, ...] = ()
     projection: GivenProjection | None = None
+    edit_mapping: EditMapping = minimum_edit_map
 
     @classmethod
     def build(
@@ -96,11 +106,14 @@ class PairTables:
         student_special: Sequence[int] = (),
         teacher_special: Sequence[int] = (),
         projection: GivenProjection | None = None,
+        edit_mapping: EditMapping = minimum_edit_map,
     ) -> PairTables:
         """Tables from two vocabularies; arrays and lists are taken as they come."""
         pairs = tuple((int(s), int(t)) for s, t in special_pairs)
         specials = (tuple(map(int, student_special)), tuple(map(int, teacher_special)))
-        return cls(student_vocabulary, teacher_vocabulary, pairs, *specials, projection)
+        return cls(
+            student_vocabulary, teacher_vocabulary, pairs, *specials, projection, edit_mapping
+        )
 
     @cached_property
     def student_trie(self) -> ByteTrie:
@@ -133,10 +146,33 @@ class PairTables:
         return torch.tensor(list(pairs.items()), dtype=torch.long).reshape(-1, 2)
 
     @cached_property
+    def edit_map(self) -> Tensor:
+        """[V_T] int64: the student's token with the least edit distance; -1 for a lone special."""
+        return self._edit_map(self.teacher_vocabulary, self.student_vocabulary, flip=True)
+
+    @cached_property
+    def reverse_edit_map(self) -> Tensor:
+        """[V_S] int64: the teacher's token with the least edit distance; -1 as in `edit_map`."""
+        return self._edit_map(self.student_vocabulary, self.teacher_vocabulary, flip=False)
+
+    def _edit_map(self, queries: Sequence[bytes], others: Sequence[bytes], *, flip: bool) -> Tensor:
+        specials = [(t, s) if flip else (s, t) for s, t in self.special_pairs]
+        return torch.from_numpy(self.edit_mapping(queries, others, specials))
+
+    @cached_property
     def projected(self) -> tuple[Tensor, Tensor]:
         """W: indices [V_S, k] int64, -1 for none, and weights [V_S, k] float32."""
         indices, weights = map(torch.from_numpy, self._projection)
         return indices, weights
+
+    @property
+    def projection_used(self) -> bool:
+        """Whether some method has asked for W."""
+        return "_projection" in self.__dict__
+
+    def reached(self, teacher_mass: Tensor) -> Coverage:
+        """How much of `teacher_mass` [V_T] W reaches."""
+        return coverage(self._projection, teacher_mass.numpy())
 
     @cached_property
     def strict_pairs(self) -> Tensor:

@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from harness_setup import documents, float64, llama_side, parameters_of, run_spec, setting_of
+from harness_setup import (
+    documents,
+    float64,
+    guides_of,
+    llama_side,
+    parameters_of,
+    run_spec,
+    setting_of,
+)
 from safetensors.torch import load_file, save_file
 
 from ctdbench.distill import train
@@ -33,6 +41,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gold-full": ("gold", {}),
     "p-kl-full": ("p-kl", {}),
     "alm-full": ("alm", {}),
+    "alm-gradmag": ("alm", {"options": {"ce_weight": 1.0, "hidden_weight": 0.5}}),
+    "dskd-full": ("dskd", {}),
+    "mined-full": ("mined", {}),
+    "strict-on-policy": ("strict", {"train": {"on_policy": 0.6, "generated_tokens": 8}}),
+    "p-kl-two-teachers": ("p-kl", {"teachers": 2}),
 }
 
 
@@ -47,16 +60,21 @@ def train_case(name: str, folder: Path) -> dict[str, torch.Tensor]:
     corpus = Corpus("test", tuple(documents(DOCUMENTS)), (), {})
     spec = run_spec(
         method,
+        settings.get("options"),
         lora=settings.get("lora", False),
         budget=sum(document.size for document in corpus.train),
         batch_documents=5,
         micro_batch=2,  # so that the processes have unequal numbers of micro-batches
         learning_rate=1e-3,
         checkpoint_every=2,
+        **settings.get("train", {}),
     )
     student = exact(llama_side("student", tie_word_embeddings=settings.get("tied", False)))
     setting = setting_of(spec, student, exact(llama_side("teacher")))
     setting = replace(setting, corpus=corpus)
+    if settings.get("teachers") == 2:
+        second = exact(llama_side("student"))
+        setting = replace(setting, others=guides_of(student, [second], [0.5]))
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     embeddings, head = student.model.get_input_embeddings(), student.model.get_output_embeddings()

@@ -11,10 +11,10 @@ from harness_setup import batch_of, examples, float64, float64_side, gradients, 
 from torch import Tensor
 
 from ctdbench.distill.batches import Batch, SideBatch
-from ctdbench.distill.blocks import all_rows
+from ctdbench.distill.blocks import all_rows, pairs_per_document
 from ctdbench.distill.step import Step
 from ctdbench.distill.view import bare_rows
-from ctdbench.method import Block, Rows, cross_entropy, total_loss
+from ctdbench.method import Block, Rows, bare, cross_entropy, total_loss
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("gold", {}),
@@ -28,29 +28,38 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("escd", {}),
     ("alm", {}),
     ("alm", {"hidden_weight": 1.0}),
+    ("dskd", {}),
+    ("mined", {}),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in METHODS]
 every_method = pytest.mark.parametrize(("name", "options"), METHODS, ids=IDS)
 
 
-def whole(side: SideBatch, chunks: int, states: Tensor, logits: Tensor) -> Rows:
+def whole(side: SideBatch, chunks: int, states: Tensor, logits: Tensor, model: Any) -> Rows:
     (block,) = all_rows(side, chunks, 10**9)
     rows = bare_rows(side, block.student, block)
-    return replace(rows, logits=logits, hidden=states)
+    embedding, head = (
+        module.weight.detach()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    return replace(rows, logits=logits, hidden=states, embedding=embedding, head=head)
 
 
 def plain_loss(step: Step, batch: Batch) -> Tensor:
     """The method's own terms on all rows at once, with full logits and one graph."""
     chunks = int(batch.document_chunks.sum())
     hidden = step.network(batch.student.ids, batch.student.mask)[batch.student.position]
-    student = whole(batch.student, chunks, hidden, step.network.logits(hidden))
+    student = whole(batch.student, chunks, hidden, step.network.logits(hidden), step.network.model)
     assert step.teacher is not None
     states = step.teacher.hidden(batch.teacher)[batch.teacher.position]
-    teacher = whole(batch.teacher, chunks, states, step.teacher.logits(states))
-    prepared = step.method.prepare(teacher) if step.method.needs.prepare else None
-    block = Block(
-        student, teacher, chunks, batch.document_chunks, None, None, step.tables, prepared
-    )
+    logits = step.teacher.logits(states)
+    teacher = whole(batch.teacher, chunks, states, logits, step.teacher.side.model)
+    method, tables = step.method, step.tables
+    prepared = method.prepare(teacher) if method.needs.prepare else None
+    own = method.needs.pairing == "own"
+    pairs = method.pairs(bare(student), bare(teacher), tables) if own else None
+    counted = batch.document_chunks if pairs is None else pairs_per_document(batch, pairs)
+    block = Block(student, teacher, chunks, counted, pairs, None, tables, prepared)
     terms = step.method.terms(block, dict(step.network.extra.items()))
     return total_loss(step.method, cross_entropy(student), terms)
 

@@ -25,11 +25,15 @@ SEPARATOR = "\n"  # between the segments of a document rendered as plain text
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text; `supervised` is False for what the student is only given (a prompt)."""
+    """A stretch of text; `supervised` is False for what the student is only given (a prompt).
+
+    joined: it goes on where the segment before it ends, with no newline between them.
+    """
 
     text: str
     role: str = "text"
     supervised: bool = True
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,14 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The plain text: segments joined by a newline."""
-        return SEPARATOR.join(segment.text for segment in self.segments)
+        """The plain text: segments with a newline between them."""
+        leads = map(self.lead, range(len(self.segments)))
+        parts = zip(leads, self.segments, strict=True)
+        return "".join(lead + segment.text for lead, segment in parts)
+
+    def lead(self, index: int) -> str:
+        """What stands before a segment in the plain text."""
+        return SEPARATOR if index and not self.segments[index].joined else ""
 
     @property
     def size(self) -> int:
@@ -53,7 +63,7 @@ class Document:
         """Byte spans of the plain text that are supervised; separators belong to what follows."""
         spans, start = [], 0
         for index, segment in enumerate(self.segments):
-            lead = len(SEPARATOR) if index else 0
+            lead = len(self.lead(index))
             end = start + lead + len(segment.text.encode("utf-8"))
             if segment.supervised:
                 spans.append((start, end))

@@ -1,12 +1,15 @@
 """What a run trains on: the corpus's documents, the teacher's text, or what the student writes.
 
-Whatever the source, order and prompts are the corpus's, so every method of a table starts from the
-same documents. A generated answer may be shorter or longer than the one it stands for: the budget
-counts the corpus's bytes, the cost of a cell those that were trained on.
+Whatever the source, order and prompts are the corpus's. The teacher writes until its text fills the
+budget, from as many prompts as that takes. What the student writes stands for a document, and may
+be shorter or longer than it: there the budget counts the corpus's bytes, and the cost of a cell
+says what was trained on.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +27,9 @@ from ctdbench.distill.teacher import Teacher
 from ctdbench.errors import UserError
 from ctdbench.method import Method
 from ctdbench.spec import RunSpec, TrainSpec
+
+
+TEACHER_SEED = 0  # its text is made once, as a data set is, and not anew for every seed of a run
 
 
 def decoding(settings: TrainSpec, seed: int) -> rollouts.Decoding:
@@ -50,20 +56,12 @@ def training_examples(
     Raises UserError if none is left.
     """
     settings = spec.train
-    documents = training_order(corpus, spec.seed, settings.budget, settings.document_bytes)
     counts: dict[str, int] = {}
     if method.needs.text == "teacher":
         with accelerator.main_process_first():  # the others find what the first one cached
-            documents, counts = rollouts.teacher_text(
-                teachers[0].side,
-                documents,
-                decoding(settings, spec.seed),
-                template=settings.template,
-                prompt_bytes=settings.prompt_bytes,
-                identity=teachers[0].identity,
-                precision=teachers[0].precision,
-                progress=progress,
-            )
+            documents, counts = teacher_documents(spec, corpus, teachers[0], progress=progress)
+    else:
+        documents = training_order(corpus, spec.seed, settings.budget, settings.document_bytes)
     sides = [teacher.side for teacher in teachers]
     examples, skipped = build_examples(documents, student, sides[0], settings.template, sides[1:])
     skipped |= counts
@@ -71,6 +69,49 @@ def training_examples(
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise UserError(f"corpus {corpus.name} leaves nothing to train on ({reasons})")
     return examples, skipped
+
+
+def teacher_documents(
+    spec: RunSpec, corpus: Corpus, teacher: Teacher, *, progress: bool
+) -> tuple[list[Document], dict[str, int]]:
+    """The teacher's continuations of the corpus's prompts, in order, up to the budget's bytes.
+
+    Raises UserError if all prompts together do not fill the budget.
+    """
+    settings, chosen = spec.train, decoding(spec.train, TEACHER_SEED)
+    whole = sum(document.size for document in corpus.train)
+    pieces = training_order(corpus, spec.seed, whole, settings.document_bytes)
+    prompts = list(dict.fromkeys(rollouts.prompt(p, settings.prompt_bytes) for p in pieces))
+    asked, found, counts, size = 0, [], Counter[str](), 0
+    while size < settings.budget and asked < len(prompts):
+        # As many more as the texts so far let expect, so that few are written for nothing.
+        missing = (settings.budget - size) * asked / size if size else 0.0
+        more = prompts[asked : asked + max(chosen.batch_size, math.ceil(missing))]
+        texts, skipped = rollouts.teacher_text(
+            teacher.side,
+            more,
+            chosen,
+            template=settings.template,
+            identity=teacher.identity,
+            precision=teacher.precision,
+            progress=progress,
+        )
+        asked += len(more)
+        found += texts
+        size += sum(text.size for text in texts)
+        counts += Counter(skipped)
+    if size < settings.budget:
+        raise UserError(
+            f"train.budget: the teacher wrote {size} bytes for all prompts of {corpus.name}",
+            "ask for less, or raise train.generated_tokens",
+        )
+    before = itertools.accumulate((text.size for text in found), initial=0)
+    kept = [
+        text
+        for text, sum_before in zip(found, before, strict=False)
+        if sum_before < settings.budget
+    ]
+    return kept, dict(counts)
 
 
 @dataclass

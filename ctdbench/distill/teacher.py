@@ -46,6 +46,13 @@ class Teacher:
         with autocast(hidden.device, self.precision):
             return models.logits(self.side.model, hidden, self.columns)
 
+    def mean_prediction(self, batch: SideBatch) -> Tensor:
+        """Its probabilities averaged over the batch's predictions, [V] float64 on the CPU."""
+        states = self.hidden(batch)[batch.position]
+        parts = (self.logits(rows).softmax(-1) for rows in states.split(ROWS_AT_A_TIME))
+        total = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)
+        return (total / len(states)).cpu()
+
     def byte_distributions(self, batch: Batch, hidden: Tensor | None, needs: Needs) -> Tensor:
         """The teacher's distribution of every byte of the batch's documents joined, [N, 257].
 

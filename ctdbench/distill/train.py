@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
-from ctdbench.distill import checkpoint, models
+from ctdbench.distill import checkpoint, models, references, rollouts
 from ctdbench.distill.batches import Batch, collate
 from ctdbench.distill.corpus import Corpus
 from ctdbench.distill.examples import Example
@@ -29,11 +34,13 @@ from ctdbench.errors import RunError
 from ctdbench.method import Method, PairInfo, PairTables, Trainable
 from ctdbench.results import write_jsonl_atomic
 from ctdbench.spec import RunSpec
+from ctdbench.text.edit_distance import minimum_edit_map
 from ctdbench.text.projection import Projection, build_projection, encoder
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 MODULES = "modules.safetensors"
+EDIT_MAP_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What training cost, over all processes; times are of this process."""
+    """What training cost, over all processes; times are of this process.
+
+    skipped, generated: documents by reason and by kind. setup: what followed from the settings and
+    the models, for the record (`_setup`).
+    """
 
     steps: int
     text_bytes: int
@@ -80,6 +91,7 @@ class TrainReport:
     peak_memory_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
     generated: dict[str, int] = field(default_factory=dict)
+    setup: dict[str, Any] = field(default_factory=dict)
 
 
 def pair_tables(student: Side, teacher: Side) -> PairTables:
@@ -101,11 +113,28 @@ def pair_tables(student: Side, teacher: Side) -> PairTables:
         special_pairs=special_pairs,
         student_special=_special_ids(student),
         teacher_special=_special_ids(teacher),
+        edit_mapping=cached_edit_map,
     )
 
 
 def _special_ids(side: Side) -> list[int]:
     return [index for index, token in enumerate(side.tokens.vocabulary) if not token]
+
+
+def cached_edit_map(
+    queries: Sequence[bytes], others: Sequence[bytes], special_pairs: Sequence[tuple[int, int]]
+) -> NDArray[np.int64]:
+    """`minimum_edit_map`, kept in the cache by content: it takes up to minutes."""
+    named = [[token.hex() for token in side] for side in (queries, others)]
+    content = json.dumps([EDIT_MAP_VERSION, *named, [list(pair) for pair in special_pairs]])
+    key = hashlib.sha256(content.encode()).hexdigest()
+    path = references.cache_dir() / "edit_maps" / f"{key}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"map": minimum_edit_map(queries, others, special_pairs)}, temporary)
+        temporary.replace(path)
+    return load_file(path)["map"]  # type: ignore[no-any-return]
 
 
 def derived_seed(*parts: object) -> int:
@@ -156,7 +185,9 @@ def train(
     writer = OnPolicy.of(spec, setting.student, network.model, teachers, accelerator.device)
     loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer)
     loop.run(batches, progress=progress and accelerator.is_main_process)
-    return network, replace(_report(done, setting, network, skipped), generated=dict(writer.counts))
+    report = _report(done, setting, network, skipped)
+    setup = _setup(spec, setting, loop.batches(examples[:8]))
+    return network, replace(report, generated=dict(writer.counts), setup=setup)
 
 
 def balancing(spec: RunSpec, method: Method) -> Balance:
@@ -213,7 +244,7 @@ class _Loop:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = self.writer.examples(examples[rank::processes], self.done.step)
         # A process without a document borrows one and is idle.
-        report = self.step.gradients(self._micro_batches(mine or examples[:1]), idle=not mine)
+        report = self.step.gradients(self.batches(mine or examples[:1]), idle=not mine)
         self._clip()
         scale = schedule(self.done.step, self.steps, self.spec.train.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -249,7 +280,8 @@ class _Loop:
             if not torch.isfinite(norm):
                 raise RunError("the gradient is not finite", "lower train.learning_rate")
 
-    def _micro_batches(self, mine: Sequence[Example]) -> list[Batch]:
+    def batches(self, mine: Sequence[Example]) -> list[Batch]:
+        """Examples as micro-batches on this process's device."""
         size = self.spec.train.micro_batch or len(mine)
         sides = [self.setting.student, *(teacher.side for teacher in self.setting.teachers)]
         pads = [side.specials.pad or 0 for side in sides]
@@ -312,7 +344,7 @@ def extra_modules(spec: RunSpec, setting: Setting) -> dict[str, Trainable]:
     """The method's modules, initialised from a seed of their own."""
     torch.manual_seed(derived_seed("modules", spec.method, spec.seed))
     found = {}
-    for guide in (Guide(setting.teacher, setting.tables), *setting.others):
+    for guide in guides(setting):
         assert guide.teacher is not None
         pair = PairInfo(setting.student.width, guide.teacher.side.width, guide.tables)
         for name, extra in setting.method.modules(pair).items():
@@ -322,8 +354,6 @@ def extra_modules(spec: RunSpec, setting: Setting) -> dict[str, Trainable]:
 
 def save_modules(spec: RunSpec, setting: Setting, network: Network, folder: Path) -> None:
     """The modules that a method wants kept (`Trainable.keep`), as FOLDER/modules.safetensors."""
-    from safetensors.torch import save_file
-
     kept = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
         for name, extra in extra_modules(spec, setting).items()
@@ -332,7 +362,7 @@ def save_modules(spec: RunSpec, setting: Setting, network: Network, folder: Path
     }
     if kept:
         temporary = folder / f"{MODULES}.tmp"
-        save_file(kept, temporary)
+        safetensors.torch.save_file(kept, temporary)
         temporary.replace(folder / MODULES)
 
 
@@ -385,6 +415,34 @@ def _report(
         peak_memory_bytes=peak_memory(),
         skipped=skipped,
     )
+
+
+def _setup(spec: RunSpec, setting: Setting, sample: Sequence[Batch]) -> dict[str, Any]:
+    """How the terms were balanced, how each side rendered prompts, and what X-Token's W reaches.
+
+    projection: share of the teacher's columns, and of the probability that it gives on `sample`.
+    """
+    sides = {"student": setting.student}
+    sides |= {
+        f"teacher{guide.suffix}": guide.teacher.side for guide in guides(setting) if guide.teacher
+    }
+    template = spec.train.template
+    setup: dict[str, Any] = {
+        "balance": balancing(spec, setting.method),
+        "rendering": {name: rollouts.rendering(side, template) for name, side in sides.items()},
+    }
+    for index, guide in enumerate(guides(setting)):
+        assert guide.teacher is not None
+        if guide.tables.projection_used:
+            laid = [(batch, *batch.others)[index] for batch in sample]
+            mass = torch.stack([guide.teacher.mean_prediction(b.teacher) for b in laid]).mean(0)
+            setup[f"projection{guide.suffix}"] = guide.tables.reached(mass)._asdict()
+    return setup
+
+
+def guides(setting: Setting) -> list[Guide]:
+    """All teachers with their tables."""
+    return [Guide(setting.teacher, setting.tables), *setting.others]
 
 
 def peak_memory() -> int:

@@ -194,7 +194,9 @@ class Cell:
         )
         cost = {**cost, "eval_seconds": time.monotonic() - started}
         cost["peak_memory_bytes"] = train.peak_memory()
+        setup = cost.pop("setup", {})
         result = self._result("done", self.notes, cost)
+        result["provenance"]["training"] = setup
         result |= {"scores": evaluation.scores, "stderr": evaluation.stderr}  # type: ignore[typeddict-item]
         result["provenance"]["versions"] |= evaluation.versions
         result["provenance"]["evaluation"] = evaluation.settings
