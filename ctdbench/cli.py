@@ -158,6 +158,9 @@ def list_names(
     """List methods, pairs and tasks."""
     from ctdbench import request
 
+    if what == "methods":
+        typer.echo("\n".join(request.method_table()))
+        return
     listed = request.listing()
     for kind in listed if what == "all" else [what]:
         if what == "all":
@@ -218,6 +221,35 @@ def corpus(
             progress.update(sum(len(part["text"].encode()) for part in document["segments"]))
     generate.write_corpus(out, documents, author, sampling)
     typer.echo(f"{out}: {len(documents)} documents")
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A method's name (ctdbench list methods).")],
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Python file with your own method."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="method.FIELD=VALUE", help="Options of the method."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check a method: its contract, what must not change its loss, a short training run.
+
+    Exit code 0 if every check passes, else 1.
+    """
+    from ctdbench import registry, request
+
+    for path in plugin or []:
+        registry.add_plugin(path)
+    spec = request.build_spec({"method": name, "pair": "tiny"}, settings=settings or [])
+    spec = request.resolve_options(spec)
+    from ctdbench.launch import conformance
+
+    if not conformance.run(spec, typer.echo):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -55,6 +55,10 @@ META = {
     "year": 2025,
     "needs": ["teacher logits"],
     "cost": "one softmax a side",
+    "floor": "minimum",
+    "exceptions": {
+        "floor if hidden_projection=always": "the projection of the states starts at random",
+    },
 }
 
 EPSILON = 1e-6  # keeps log-probabilities off 0; subtracted, as in the public code

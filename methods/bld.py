@@ -47,12 +47,13 @@ from ctdbench.method import (
 )
 
 META = {
-    "row": "bytes",
     "title": "BLD: byte-level distillation through extra byte heads",
     "paper": "2604.07466",
     "year": 2026,
-    "needs": ["student states", "teacher byte distributions"],
-    "cost": "a cumulative sum of the vocabulary a teacher row; bytes=beam: a search, once a corpus",
+    "needs": ["hidden states", "teacher bytes"],
+    "cost": "prefix sums, byte heads",
+    "row": "bytes",
+    "floor": "none: the byte heads are its own, and read the student's states",
 }
 
 CLASSES = 260  # 256 bytes and 4 specials

@@ -38,7 +38,9 @@ META = {
     "paper": "2607.22334",
     "year": 2026,
     "needs": ["teacher logits"],
-    "cost": "a scatter of the teacher's vocabulary a student row",
+    "cost": "one softmax, one scatter",
+    "on_policy": True,
+    "floor": "zero",
 }
 
 

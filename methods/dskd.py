@@ -54,7 +54,11 @@ META = {
     "paper": "2406.17328",
     "year": 2024,
     "needs": ["teacher logits", "hidden states", "embeddings"],
-    "cost": "two softmaxes a side, whole documents",
+    "cost": "softmaxes, attention",
+    "floor": "none: the projectors are its own",
+    "exceptions": {
+        "teacher ids": "token 0 stands for unscored rows in the standard deviation (public code)",
+    },
 }
 
 TERMS = ("t2s_ce", "t2s_kd", "s2t_kd")

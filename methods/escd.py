@@ -34,7 +34,9 @@ META = {
     "paper": "2609.34738",
     "year": 2026,
     "needs": ["teacher logits"],
-    "cost": "as bpm, and the tokens that complete a teacher token, for rows inside one",
+    "cost": "one softmax, one scatter",
+    "on_policy": True,
+    "floor": "zero",
 }
 
 

@@ -38,7 +38,10 @@ META = {
     "paper": "",
     "year": 2025,
     "needs": ["teacher logits"],
-    "cost": "a sort of the unshared vocabulary for every chunk, both sides",
+    "cost": "one sort a side",
+    "on_policy": True,
+    "url": "https://github.com/huggingface/trl",
+    "floor": "zero",
 }
 
 FLOOR = 1e-8  # below this a probability is this, and has no gradient (as in the reference)
@@ -74,9 +77,10 @@ class GOLD(Method):
     options: GOLDOptions
 
     def weights(self) -> Mapping[str, float]:
-        """w_m and w_u; what `adaptive` adds depends on the pair and is part of the terms."""
+        """w_m (hybrid) and w_u; what `adaptive` adds depends on the pair, in the terms."""
         options = self.options
-        return {"matched": options.matched_weight, "unmatched": options.unmatched_weight}
+        matched = {"matched": options.matched_weight} if options.hybrid else {}
+        return {**matched, "unmatched": options.unmatched_weight}
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`matched`, `unmatched`: the sum over documents of their share in this block."""

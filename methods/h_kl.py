@@ -36,6 +36,7 @@ META = {
     "year": 2026,
     "needs": ["teacher logits", "projection"],
     "cost": "one softmax, top-k a side",
+    "floor": "zero",
 }
 
 

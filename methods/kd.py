@@ -23,8 +23,9 @@ META = {
     "title": "KD: token-level forward KL (one tokenizer on both sides)",
     "paper": "1503.02531",
     "year": 2015,
-    "needs": ["teacher logits", "one tokenizer for both sides"],
-    "cost": "two softmaxes of the vocabulary a row",
+    "needs": ["teacher logits", "one tokenizer"],
+    "cost": "one softmax a side",
+    "floor": "zero",
 }
 
 

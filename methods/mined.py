@@ -45,7 +45,12 @@ META = {
     "paper": "2401.10491",
     "year": 2024,
     "needs": ["teacher logits", "vocabulary map"],
-    "cost": "two softmaxes; a map of the vocabularies once a pair (minutes)",
+    "cost": "two softmaxes, vocabulary map",
+    "floor": "zero",
+    "exceptions": {
+        "student ids": "of several nearest tokens the lowest id counts",
+        "teacher ids": "of several nearest tokens the lowest id counts",
+    },
 }
 
 ABSENT = -1e5  # logit of a student token that no teacher token maps to

@@ -51,6 +51,10 @@ META = {
     "year": 2026,
     "needs": ["teacher logits", "projection"],
     "cost": "one softmax, one projection",
+    "floor": "zero",
+    "exceptions": {
+        "micro-batches if topk_scope=microbatch": "each one chooses its own tokens (public code)",
+    },
 }
 
 EPSILON = 1e-10  # added to sums and probabilities before they divide or enter a logarithm (code)

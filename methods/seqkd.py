@@ -24,7 +24,7 @@ META = {
     "paper": "1606.07947",
     "year": 2016,
     "needs": ["teacher-generated text"],
-    "cost": "student only, text once a pair",
+    "cost": "student only",
 }
 
 

@@ -18,9 +18,9 @@ from ctdbench.method import Block, Method, MethodOptions, Needs, Term
 META = {
     "title": "SFT: cross-entropy on the student's own tokens",
     "paper": "",
-    "year": 0,
-    "needs": [],
-    "cost": "student forward and backward",
+    "year": None,
+    "needs": ["no teacher"],
+    "cost": "student only",
 }
 
 

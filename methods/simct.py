@@ -35,7 +35,9 @@ META = {
     "paper": "2605.07711",
     "year": 2026,
     "needs": ["teacher logits"],
-    "cost": "a softmax of the shared vocabulary a unit, both sides",
+    "cost": "one softmax a side",
+    "on_policy": True,
+    "floor": "zero",
 }
 
 ABSENT = -1e9  # score without mass; finite, because 0 * (inf - inf) is not a number

@@ -28,7 +28,9 @@ META = {
     "paper": "2610.08448",
     "year": 2026,
     "needs": ["teacher logits"],
-    "cost": "a top-k of the shared vocabulary a teacher row",
+    "cost": "one top-k a side",
+    "on_policy": True,
+    "floor": "zero",
 }
 
 

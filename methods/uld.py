@@ -33,7 +33,8 @@ META = {
     "paper": "2402.12030",
     "year": 2024,
     "needs": ["teacher logits"],
-    "cost": "a sort of the vocabulary for every row, both sides",
+    "cost": "one sort a side",
+    "floor": "zero",
 }
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from tiny_models import bpe_tokenizer, tiny_model
 from torch import Tensor, nn
 
+from ctdbench.distill import setting as setup
 from ctdbench.distill import tiny, train
 from ctdbench.distill.batches import Batch, collate
 from ctdbench.distill.corpus import Corpus, Document, Segment
@@ -110,7 +111,7 @@ def batch_of(found: Sequence[Example]) -> Batch:
 
 
 def teacher_of(side: Side) -> Teacher:
-    tables = train.pair_tables(side, side)
+    tables = setup.pair_tables(side, side)
     return Teacher(side, tables.teacher_trie, "float32", identity="test")
 
 
@@ -119,7 +120,7 @@ def network_of(method: Method, student: Side, *teachers: Side) -> Network:
     torch.manual_seed(3)
     modules = {}
     for number, teacher in enumerate(teachers, start=1):
-        pair = PairInfo(student.width, teacher.width, train.pair_tables(student, teacher))
+        pair = PairInfo(student.width, teacher.width, setup.pair_tables(student, teacher))
         suffix = f"@{number}" if number > 1 else ""
         for name, extra in method.modules(pair).items():
             modules[name + suffix] = extra.module.to(student.model.dtype)
@@ -144,7 +145,7 @@ def make_step(
         network_of(found, student, teacher, *others),
         teacher_of(teacher),
         found,
-        train.pair_tables(student, teacher),
+        setup.pair_tables(student, teacher),
         accelerator=Accelerator(cpu=True),
         others=guides_of(student, others, weights[1:]),
         weight=weights[0],
@@ -156,7 +157,7 @@ def make_step(
 def guides_of(student: Side, others: Sequence[Side], weights: Sequence[float]) -> tuple[Guide, ...]:
     """Further teachers, as a step takes them."""
     return tuple(
-        Guide(teacher_of(side), train.pair_tables(student, side), f"@{number}", weight)
+        Guide(teacher_of(side), setup.pair_tables(student, side), f"@{number}", weight)
         for number, (side, weight) in enumerate(zip(others, weights, strict=False), start=2)
     )
 
@@ -190,13 +191,13 @@ def run_spec(
     )
 
 
-def setting_of(spec: RunSpec, student: Side, teacher: Side, count: int = 48) -> train.Setting:
+def setting_of(spec: RunSpec, student: Side, teacher: Side, count: int = 48) -> setup.Setting:
     corpus = Corpus("test", tuple(documents(count)), (), {})
-    return train.Setting(
+    return setup.Setting(
         student,
         teacher_of(teacher),
         create(spec.method, spec.options),
-        train.pair_tables(student, teacher),
+        setup.pair_tables(student, teacher),
         corpus,
     )
 

@@ -23,6 +23,7 @@ from harness_setup import (
 from torch import Tensor
 
 from ctdbench.distill import rollouts, sources, train
+from ctdbench.distill import setting as setup
 from ctdbench.distill.corpus import training_order
 from ctdbench.distill.sources import OnPolicy, training_examples
 from ctdbench.errors import UserError
@@ -121,7 +122,7 @@ def test_a_killed_on_policy_run_resumes_to_the_same_bits(
     spec = run_spec("strict", on_policy=0.7, checkpoint_every=1, **{**SHORT, "budget": 1500})
     whole, _ = train_once(spec, tmp_path / "whole")
     expected = parameters_of(whole)
-    stop = train.derived_seed("step", spec.seed, 1)
+    stop = setup.derived_seed("step", spec.seed, 1)
     real = torch.manual_seed
 
     def killed(seed: int) -> Any:
@@ -188,14 +189,14 @@ def test_a_learned_projection_is_kept_with_the_cell(tmp_path: Path) -> None:
     student = llama_side("student")
     setting = setting_of(spec, student, llama_side("teacher"))
     network, report = train.train(spec, setting, tmp_path, Accelerator(cpu=True), progress=False)
-    train.save_modules(spec, setting, network, tmp_path)
+    setup.save_modules(spec, setting, network, tmp_path)
     assert 0 < report.setup["projection"]["mass"] <= 1
     assert report.setup["balance"] == "ratio"
     assert report.setup["rendering"] == {"student": "plain", "teacher": "plain"}
-    kept = load_file(tmp_path / train.MODULES)
+    kept = load_file(tmp_path / setup.MODULES)
     assert list(kept) == ["projection.log_weights"]
     start = create("p-kl", spec.options).modules(
-        train.PairInfo(student.width, setting.teacher.side.width, setting.tables)
+        setup.PairInfo(student.width, setting.teacher.side.width, setting.tables)
     )["projection"]
     assert not torch.equal(kept["projection.log_weights"], start.module.log_weights)
     assert teacher_of(setting.teacher.side).columns == setting.teacher.columns
@@ -205,5 +206,5 @@ def test_modules_that_are_dropped_are_not_saved(tmp_path: Path) -> None:
     spec = run_spec("bld", {"bytes": "path"}, budget=400)
     setting = setting_of(spec, llama_side("student"), llama_side("teacher"))
     network, _ = train.train(spec, setting, tmp_path, Accelerator(cpu=True), progress=False)
-    train.save_modules(spec, setting, network, tmp_path)
-    assert not (tmp_path / train.MODULES).exists()
+    setup.save_modules(spec, setting, network, tmp_path)
+    assert not (tmp_path / setup.MODULES).exists()

@@ -26,6 +26,7 @@ from harness_setup import (
 from torch import Tensor, nn
 
 from ctdbench.distill import checkpoint, train
+from ctdbench.distill import setting as setup
 from ctdbench.distill.corpus import Corpus
 from ctdbench.errors import RunError, UserError
 from ctdbench.method import Block, Method, MethodOptions, Needs, PairInfo, Term, Trainable
@@ -242,7 +243,7 @@ class OwnRate(Custom):
 def train_custom(method: Method, folder: Path, **settings: Any) -> train.Network:
     spec = run_spec("sft", batch_documents=2, **settings)
     setting = setting_of(spec, llama_side("student"), llama_side("teacher"))
-    own = train.Setting(setting.student, setting.teacher, method, setting.tables, setting.corpus)
+    own = setup.Setting(setting.student, setting.teacher, method, setting.tables, setting.corpus)
     return train.train(spec, own, folder, Accelerator(cpu=True), progress=False)[0]
 
 
@@ -274,8 +275,8 @@ def test_what_is_not_finite_stops_the_run(method: Method, what: str, tmp_path: P
 def test_modules_have_their_own_rate_and_clipping(tmp_path: Path) -> None:
     spec = run_spec("sft")
     setting = setting_of(spec, llama_side("student"), llama_side("teacher"))
-    own = train.Setting(setting.student, setting.teacher, OwnRate(), setting.tables, setting.corpus)
-    network, optimizer = train.build_network(spec, own)
+    own = setup.Setting(setting.student, setting.teacher, OwnRate(), setting.tables, setting.corpus)
+    network, optimizer = setup.build_network(spec, own)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(network.parameters()))
     assert {rates[id(p)] for p in network.extra["scale"].parameters()} == {0.5}
@@ -288,7 +289,7 @@ def test_embeddings_of_a_new_tokenizer_learn_faster() -> None:
     moved = spec.pair.student.model_copy(update={"tokenizer": "tiny:teacher"})
     spec = spec.model_copy(update={"pair": spec.pair.model_copy(update={"student": moved})})
     student = llama_side("student", tie_word_embeddings=True)
-    _, optimizer = train.build_network(spec, setting_of(spec, student, llama_side("teacher")))
+    _, optimizer = setup.build_network(spec, setting_of(spec, student, llama_side("teacher")))
     body, tables = optimizer.param_groups
     assert tables["lr"] == pytest.approx(10 * body["lr"])
     assert [p is student.model.get_input_embeddings().weight for p in tables["params"]] == [True]
@@ -314,7 +315,7 @@ def test_a_start_does_not_depend_on_what_ran_before() -> None:
         torch.rand(5)
         spec = run_spec("bld", lora=True)
         setting = setting_of(spec, llama_side("student"), llama_side("teacher"))
-        starts.append(parameters_of(train.build_network(spec, setting)[0]))
+        starts.append(parameters_of(setup.build_network(spec, setting)[0]))
     assert all(torch.equal(value, starts[1][key]) for key, value in starts[0].items())
 
 
@@ -325,7 +326,7 @@ def test_a_corpus_that_leaves_nothing_is_an_error_with_the_reasons(tmp_path: Pat
         type(document)(tuple(type(part)(part.text, "user", False) for part in document.segments))
         for document in documents(60)
     )
-    own = train.Setting(
+    own = setup.Setting(
         setting.student,
         setting.teacher,
         setting.method,

@@ -28,7 +28,6 @@ from ctdbench.errors import UserError
 from ctdbench.method import Method
 from ctdbench.spec import RunSpec, TrainSpec
 
-
 TEACHER_SEED = 0  # its text is made once, as a data set is, and not anew for every seed of a run
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -13,54 +11,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
-from ctdbench.distill import checkpoint, models, references, rollouts
+from ctdbench.distill import checkpoint
 from ctdbench.distill.batches import Batch, collate
-from ctdbench.distill.corpus import Corpus
 from ctdbench.distill.examples import Example
-from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
+from ctdbench.distill.setting import Setting, balancing, build_network, derived_seed, record
 from ctdbench.distill.sources import OnPolicy, training_examples
-from ctdbench.distill.step import Balance, Step, StepReport
-from ctdbench.distill.teacher import Teacher
-from ctdbench.distill.view import Guide, Network
+from ctdbench.distill.step import Step, StepReport
+from ctdbench.distill.view import Network
 from ctdbench.errors import RunError
-from ctdbench.method import Method, PairInfo, PairTables, Trainable
 from ctdbench.results import write_jsonl_atomic
 from ctdbench.spec import RunSpec
-from ctdbench.text.edit_distance import minimum_edit_map
-from ctdbench.text.projection import Projection, build_projection, encoder
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-MODULES = "modules.safetensors"
-EDIT_MAP_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a run trains with: both sides, the method, and the tables of the pair.
-
-    others: further teachers, each with its tables.
-    """
-
-    student: Side
-    teacher: Teacher
-    method: Method
-    tables: PairTables
-    corpus: Corpus
-    others: tuple[Guide, ...] = ()
-
-    @property
-    def teachers(self) -> list[Teacher]:
-        """All teachers, the first one first."""
-        return [self.teacher, *(guide.teacher for guide in self.others if guide.teacher)]
 
 
 @dataclass
@@ -79,7 +46,7 @@ class TrainReport:
     """What training cost, over all processes; times are of this process.
 
     skipped, generated: documents by reason and by kind. setup: what followed from the settings and
-    the models, for the record (`_setup`).
+    the models (`setting.record`).
     """
 
     steps: int
@@ -92,55 +59,6 @@ class TrainReport:
     skipped: dict[str, int] = field(default_factory=dict)
     generated: dict[str, int] = field(default_factory=dict)
     setup: dict[str, Any] = field(default_factory=dict)
-
-
-def pair_tables(student: Side, teacher: Side) -> PairTables:
-    """The tables of two loaded sides."""
-    vocabularies = student.tokens.vocabulary, teacher.tokens.vocabulary
-    special_pairs = student.specials.pairs(teacher.specials)
-
-    def projection() -> Projection:
-        return build_projection(
-            *vocabularies,
-            encode_student=encoder(student.tokens),
-            encode_teacher=encoder(teacher.tokens),
-            special_pairs=special_pairs,
-        )
-
-    return PairTables.build(
-        *vocabularies,
-        projection=projection,  # built by who asks for it: it takes seconds
-        special_pairs=special_pairs,
-        student_special=_special_ids(student),
-        teacher_special=_special_ids(teacher),
-        edit_mapping=cached_edit_map,
-    )
-
-
-def _special_ids(side: Side) -> list[int]:
-    return [index for index, token in enumerate(side.tokens.vocabulary) if not token]
-
-
-def cached_edit_map(
-    queries: Sequence[bytes], others: Sequence[bytes], special_pairs: Sequence[tuple[int, int]]
-) -> NDArray[np.int64]:
-    """`minimum_edit_map`, kept in the cache by content: it takes up to minutes."""
-    named = [[token.hex() for token in side] for side in (queries, others)]
-    content = json.dumps([EDIT_MAP_VERSION, *named, [list(pair) for pair in special_pairs]])
-    key = hashlib.sha256(content.encode()).hexdigest()
-    path = references.cache_dir() / "edit_maps" / f"{key}.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"map": minimum_edit_map(queries, others, special_pairs)}, temporary)
-        temporary.replace(path)
-    return load_file(path)["map"]  # type: ignore[no-any-return]
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed from names, so that adding a method never changes another's numbers."""
-    digest = hashlib.sha256("/".join(map(str, ("ctdbench", *parts))).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def train(
@@ -186,13 +104,8 @@ def train(
     loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer)
     loop.run(batches, progress=progress and accelerator.is_main_process)
     report = _report(done, setting, network, skipped)
-    setup = _setup(spec, setting, loop.batches(examples[:8]))
+    setup = record(spec, setting, loop.batches(examples[:8]))
     return network, replace(report, generated=dict(writer.counts), setup=setup)
-
-
-def balancing(spec: RunSpec, method: Method) -> Balance:
-    """How the terms are weighted: as asked for, or as the method was published."""
-    return method.balance if spec.train.balance == "auto" else spec.train.balance
 
 
 class _Loop:
@@ -322,72 +235,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(steps - rising, 1)
 
 
-def build_network(spec: RunSpec, setting: Setting) -> tuple[Network, torch.optim.AdamW]:
-    """The trained network and its optimizer, from the pair's start."""
-    model = setting.student.model
-    if spec.pair.lora is None:
-        model.requires_grad_(True)
-    else:
-        model.requires_grad_(False)
-        torch.manual_seed(derived_seed("lora", spec.seed))
-        model = models.add_lora(model, spec.pair.lora)
-    extras = extra_modules(spec, setting)
-    network = Network(
-        model,
-        len(setting.student.tokens.vocabulary),
-        {name: extra.module for name, extra in extras.items()},
-    )
-    return network, _optimizer(spec, network, extras)
-
-
-def extra_modules(spec: RunSpec, setting: Setting) -> dict[str, Trainable]:
-    """The method's modules, initialised from a seed of their own."""
-    torch.manual_seed(derived_seed("modules", spec.method, spec.seed))
-    found = {}
-    for guide in guides(setting):
-        assert guide.teacher is not None
-        pair = PairInfo(setting.student.width, guide.teacher.side.width, guide.tables)
-        for name, extra in setting.method.modules(pair).items():
-            found[name + guide.suffix] = extra
-    return found
-
-
-def save_modules(spec: RunSpec, setting: Setting, network: Network, folder: Path) -> None:
-    """The modules that a method wants kept (`Trainable.keep`), as FOLDER/modules.safetensors."""
-    kept = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
-        for name, extra in extra_modules(spec, setting).items()
-        if extra.keep
-        for key, tensor in network.extra[name].state_dict().items()
-    }
-    if kept:
-        temporary = folder / f"{MODULES}.tmp"
-        safetensors.torch.save_file(kept, temporary)
-        temporary.replace(folder / MODULES)
-
-
-def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) -> torch.optim.AdamW:
-    """AdamW with one group for the body, one for embeddings and head, one for each extra module."""
-    settings = spec.train
-    rate = settings.learning_rate or spec.pair.learning_rate
-    moved = spec.pair.student.tokenizer not in (None, spec.pair.student.model)
-    table_rate = settings.embedding_learning_rate or (10 * rate if moved else rate)
-    inner = models.base_model(network.model)
-    tables = {
-        id(p)
-        for m in (inner.get_input_embeddings(), inner.get_output_embeddings())
-        for p in m.parameters()
-    }
-    student = [p for p in network.model.parameters() if p.requires_grad]
-    groups = [
-        ([p for p in student if id(p) not in tables], rate),
-        ([p for p in student if id(p) in tables], table_rate),
-        *((list(e.module.parameters()), e.learning_rate or rate) for e in extras.values()),
-    ]
-    filled = [{"params": params, "lr": peak} for params, peak in groups if params]
-    return torch.optim.AdamW(filled, weight_decay=settings.weight_decay)
-
-
 def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(examples), size):
         yield list(examples[start : start + size])
@@ -415,34 +262,6 @@ def _report(
         peak_memory_bytes=peak_memory(),
         skipped=skipped,
     )
-
-
-def _setup(spec: RunSpec, setting: Setting, sample: Sequence[Batch]) -> dict[str, Any]:
-    """How the terms were balanced, how each side rendered prompts, and what X-Token's W reaches.
-
-    projection: share of the teacher's columns, and of the probability that it gives on `sample`.
-    """
-    sides = {"student": setting.student}
-    sides |= {
-        f"teacher{guide.suffix}": guide.teacher.side for guide in guides(setting) if guide.teacher
-    }
-    template = spec.train.template
-    setup: dict[str, Any] = {
-        "balance": balancing(spec, setting.method),
-        "rendering": {name: rollouts.rendering(side, template) for name, side in sides.items()},
-    }
-    for index, guide in enumerate(guides(setting)):
-        assert guide.teacher is not None
-        if guide.tables.projection_used:
-            laid = [(batch, *batch.others)[index] for batch in sample]
-            mass = torch.stack([guide.teacher.mean_prediction(b.teacher) for b in laid]).mean(0)
-            setup[f"projection{guide.suffix}"] = guide.tables.reached(mass)._asdict()
-    return setup
-
-
-def guides(setting: Setting) -> list[Guide]:
-    """All teachers with their tables."""
-    return [Guide(setting.teacher, setting.tables), *setting.others]
 
 
 def peak_memory() -> int:

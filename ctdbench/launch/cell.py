@@ -27,6 +27,7 @@ from ctdbench.distill import models, references, train
 from ctdbench.distill.corpus import Corpus, load_corpus, training_order
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
+from ctdbench.distill.setting import Setting, pair_tables, save_modules
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import Guide
 from ctdbench.errors import UserError
@@ -63,7 +64,7 @@ def run_cell(
     pair = LoadedPair(spec, accelerator.device)
     method = create(spec.method, spec.options)
     for teacher in pair.teachers:
-        method.check(train.pair_tables(pair.student, teacher))
+        method.check(pair_tables(pair.student, teacher))
     if accelerator.is_main_process:
         for name in results.baselines(len(spec.pair.teachers)):
             _baseline(cell, name, pair, progress=progress)
@@ -155,21 +156,21 @@ class Cell:
         ]
         assert first.teacher is not None
         method = create(self.spec.method, self.spec.options)
-        setting = train.Setting(
+        setting = Setting(
             pair.student, first.teacher, method, first.tables, self.corpus, tuple(others)
         )
         network, report = train.train(
             self.spec, setting, self.folder, accelerator, progress=progress
         )
         if accelerator.is_main_process:
-            train.save_modules(self.spec, setting, network, self.folder)
+            save_modules(self.spec, setting, network, self.folder)
         exported = models.merged(network.model).float().eval()
         return replace(pair.student, model=exported), asdict(report)
 
     def _guide(self, pair: LoadedPair, index: int, precision: str) -> Guide:
         """The teacher at `index` with its tables."""
         side, stated = pair.teachers[index], self.spec.pair.teachers[index]
-        tables = train.pair_tables(pair.student, side)
+        tables = pair_tables(pair.student, side)
         identity = f"{self.content[_teacher_name(index)]}/{stated.layers}"
         teacher = Teacher(side, tables.teacher_trie, precision, identity)
         suffix = f"@{index + 1}" if index else ""
