@@ -5,6 +5,7 @@ Everything but `resolve_options` works without torch, so that a bad request ends
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ctdbench.spec import EvalSpec, ModelSpec, PairSpec, RunSpec, TrainSpec, par
 
 SECTIONS = {"train": "train", "method": "options", "eval": "eval"}  # of --set -> of the file
 FIELDS = ("method", "pair", "seed", "options", "train", "eval")
+COLUMNS = 100  # of a terminal, for lists
 Raw = dict[str, Any]
 
 
@@ -85,6 +87,42 @@ def listing() -> dict[str, dict[str, str]]:
     pairs = {name: registry.load_pair(name).title for name in registry.pair_files()}
     tasks = {info.name: info.description for info in available_tasks()}
     return {"methods": dict(sorted(methods.items())), "pairs": pairs, "tasks": tasks}
+
+
+def method_table() -> list[str]:
+    """Lines of at most `COLUMNS`: of each method its title, paper (arXiv), year, needs and cost.
+
+    All of it is what the methods' files state in META; no method is imported. Of a method that
+    states nothing more (a plugin behind an entry point) there is the title alone.
+    """
+    known = dict(sorted(registry.methods().items()))
+    indent = " " * (4 + max(map(len, known)))
+    lines = [indent + _row("arXiv", "year", "needs", "cost")]
+    for name, info in known.items():
+        rows = (_line(info.meta.get("title")), _told(info.meta))
+        told = [part for row in rows for part in textwrap.wrap(row, COLUMNS - len(indent))]
+        lines += [f"  {name}".ljust(len(indent)) + "".join(told[:1])]
+        lines += [indent + part for part in told[1:]]
+    return [line.rstrip() for line in lines]
+
+
+def _told(meta: Mapping[str, Any]) -> str:
+    """What META says beside the title; a plugin may leave out or misspell any of it."""
+    paper, year, cost = (_line(meta.get(key)) for key in ("paper", "year", "cost"))
+    needs = meta.get("needs", "")
+    needed = [_line(part) for part in (needs if isinstance(needs, (list, tuple)) else [needs])]
+    policy = ["on-policy as published"] if meta.get("on_policy") else []
+    told = ", ".join(filter(None, needed + policy)) or ("" if needed else "no teacher")
+    return _row(paper or "-", year or "-", told, cost) if any((paper, year, told, cost)) else ""
+
+
+def _row(paper: str, year: str, needs: str, cost: str) -> str:
+    return f"{paper:10}  {year:4}  {needs:41}  {cost}"
+
+
+def _line(value: Any) -> str:
+    """A value of META on one line, "" for none."""
+    return " ".join(str(value or "").split())
 
 
 def bytes_of(text: str, where: str) -> int:

@@ -102,6 +102,44 @@ def test_cells_of_one_pair_share_their_baselines(corpus: Path, tmp_path: Path) -
     }
 
 
+def test_every_teacher_of_a_pair_is_a_baseline_and_teaches(corpus: Path, tmp_path: Path) -> None:
+    pair = {
+        "student": {"model": "tiny:student"},
+        "teachers": [{"model": "tiny:teacher"}, {"model": "tiny:student", "weight": 0.5}],
+        "learning_rate": 1e-2,
+    }
+    file, store = tmp_path / "two.yaml", tmp_path / "runs"
+    file.write_text(yaml.safe_dump(pair))
+    options = ("--set", "method.projection=learned", "--set", "method.vocab_topk=64")
+    done = run(corpus, store, "--method", "p-kl", "--pair", str(file), "--budget", "1kB", *options)
+    assert done.exit_code == 0, done.output
+    assert "teacher-2" in done.stdout
+    assert only_result(store, "teacher-2")["scores"] == only_result(store, "start")["scores"]
+    result = only_result(store, "p-kl")
+    assert {"teacher", "teacher-2"} <= set(result["content"])
+    setup = result["provenance"]["training"]
+    assert setup["balance"] == "ratio"
+    assert 0 < setup["projection"]["mass"] < setup["projection@2"]["mass"] == pytest.approx(1)
+    (first, *_) = map(json.loads, next(store.glob("*/p-kl/*/metrics.jsonl")).open())
+    assert {"kl", "kl@2"} <= set(first)
+    assert first["weight kl@2"] == pytest.approx(0.5 * first["weight kl"])
+    assert next(store.glob("*/p-kl/*/modules.safetensors")).is_file()
+
+
+def test_rows_say_when_the_student_wrote_the_text(corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "runs"
+    arguments = ("--method", "strict", "--pair", "tiny", "--budget", "1kB")
+    short = ("--set", "train.generated_tokens=12", "--set", "train.prompt_bytes=24")
+    assert "strict (off-policy)" in run(corpus, store, *arguments, *short).stdout
+    done = run(corpus, store, *arguments, *short, "--set", "train.on_policy=1")
+    assert "strict (on-policy 1)" in done.stdout, done.output
+    written = [
+        json.loads(path.read_text())["cost"]["generated"]
+        for path in store.glob("*/strict/*/result.json")
+    ]
+    assert sorted(map(bool, written)) == [False, True]
+
+
 def test_a_failed_cell_is_recorded_and_tried_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

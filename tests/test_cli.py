@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from typer.testing import CliRunner, Result
 from ctdbench import registry, request
 from ctdbench.cli import app
 from ctdbench.errors import PreflightError, RunError
+from ctdbench.method import create
 from ctdbench.spec import RunSpec
 
 ASK = "import sys; from ctdbench.cli import app; app({arguments!r})"
@@ -257,6 +259,99 @@ def test_list_shows_every_kind() -> None:
     for name in ("methods:", "pairs:", "tasks:", "bld", "smol-mistral", "bpb_pydoc"):
         assert name in text
     assert "smol-mistral" not in call("list", "methods").stdout
+    assert "2604.07466" not in text  # one line a method, where there is more than methods
+
+
+def test_list_methods_says_what_each_one_is_and_needs() -> None:
+    """In two lines of at most 100 columns, and as quickly as every list."""
+    done, loaded = apart("list", "methods")
+    assert not loaded & {"torch", "transformers", "pandas", "lm_eval", "datasets", "scipy"}
+    header, *lines = done.stdout.splitlines()
+    assert header.split() == ["arXiv", "year", "needs", "cost"]
+    assert max(map(len, lines)) <= 100
+    told = dict(zip(lines[::2], lines[1::2], strict=True))
+    assert [line.split()[0] for line in told] == sorted(registry.methods())
+    columns = [header.index(word) for word in header.split()]
+    for title, line in told.items():
+        found = [line[i:j].strip() for i, j in zip(columns, [*columns[1:], None], strict=True)]
+        meta = registry.methods()[title.split()[0]].meta
+        assert title.endswith(meta["title"])
+        policy = ["on-policy as published"] if meta.get("on_policy") else []
+        needs = ", ".join([*meta["needs"], *policy])
+        year = str(meta["year"] or "-")
+        assert found == [meta["paper"] or "-", year, needs, meta["cost"]], title
+
+
+NEEDS = {
+    *("teacher logits", "teacher bytes", "teacher-generated text", "hidden states", "embeddings"),
+    *("projection", "vocabulary map", "one tokenizer", "whole documents", "no teacher"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(registry.methods()))
+def test_every_shipped_method_states_the_same_things(name: str) -> None:
+    """In words of one small vocabulary, and no other than the method asks the harness for."""
+    meta = registry.methods()[name].meta
+    assert meta.keys() >= {"title", "paper", "year", "needs", "cost"}
+    assert set(meta["needs"]) <= NEEDS
+    assert 0 < len(meta["cost"]) <= 29
+    needs = create(name).needs
+    for word, wanted in (
+        ("teacher logits", needs.teacher_logits),
+        ("hidden states", needs.hidden or needs.teacher_hidden),
+        ("teacher bytes", needs.bytes is not None),
+    ):
+        assert (word in meta["needs"]) == wanted, word
+
+
+def test_methods_that_were_published_on_the_students_own_text_say_so() -> None:
+    known = registry.methods().items()
+    found = {name for name, info in known if info.meta.get("on_policy", False)}
+    assert found == {"gold", "simct", "bpm", "escd", "strict"}
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [
+        ({"title": "pkg.mine:Mine"}, ["  mine    pkg.mine:Mine"]),  # an entry point states no more
+        ({}, ["  mine"]),
+        ({"title": "Mine", "paper": "", "year": None}, ["  mine    Mine"]),
+        (
+            {"title": "Mine", "year": 2027, "needs": "luck", "cost": 3, "on_policy": 1},
+            ["  mine    Mine", f"{'-':>11}{'2027':>15}  {'luck, on-policy as published':43}3"],
+        ),
+        (
+            {"title": ["no\n title"], "needs": []},
+            ["  mine    ['no\\n title']", f"{'-':>11}{'-':>12}     no teacher"],
+        ),
+    ],
+    ids=["entry point", "nothing", "title", "odd", "no teacher"],
+)
+def test_a_plugin_may_state_less_or_something_odd(
+    meta: dict[str, Any], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infos = {name: registry.MethodInfo(name, None, meta) for name in ("mine", "strict")}
+    monkeypatch.setattr(registry, "methods", lambda: infos)
+    lines = request.method_table()
+    assert lines[1 : 1 + len(told)] == told
+    assert len(lines) == 1 + 2 * len(told)
+
+
+def test_a_plugin_that_says_much_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"word{index}" for index in range(60)]
+    meta = {"title": " ".join(words), "needs": words, "cost": " ".join(words)}
+    infos = {"mine": registry.MethodInfo("mine", None, meta)}
+    monkeypatch.setattr(registry, "methods", lambda: infos)
+    lines = request.method_table()
+    assert max(map(len, lines)) <= 100
+    assert " ".join(lines).count("word59") == 3
+
+
+def test_an_entry_point_is_listed_without_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("my-method", "package_that_is_not_there:Mine", registry.GROUP)
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [point])
+    assert "  my-method  package_that_is_not_there:Mine" in request.method_table()
+    assert "  my-method  package_that_is_not_there:Mine" in call("list").stdout.splitlines()
 
 
 def test_a_table_of_one_pair_as_json(tmp_path: Path) -> None:

@@ -190,3 +190,22 @@ def test_sft_is_cross_entropy_alone() -> None:
     student, teacher = two_sides()
     assert set(probe("sft", student, teacher, PAIR)) == {"ce", "loss"}
     assert not create("sft").needs.teacher
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "missing"),
+    [
+        ("uld", {}, "pairs rows by position"),
+        ("bld", {}, "reads the student's states"),
+        ("alm", {"hidden_weight": 1.0}, "state term reads states"),
+        ("p-kl", {}, "from the whole batch"),
+    ],
+)
+def test_a_block_without_what_the_method_asked_for_is_refused(
+    name: str, options: dict[str, Any], missing: str
+) -> None:
+    """A harness that forgets something is told what, instead of a number being made up."""
+    student, teacher = (replace(rows, hidden=None) for rows in two_sides())
+    block = replace(block_of(student, teacher), pairs=None, batch=None)
+    with pytest.raises(TypeError, match=missing):
+        create(name, options).terms(block, {})

@@ -228,6 +228,13 @@ def test_added_tokens_holes_and_truncation() -> None:
     assert not tokenizer.encode_special_tokens
 
 
+def test_a_token_outside_the_byte_alphabet_is_its_own_text() -> None:
+    """Some files spell a few tokens as plain text: a line feed has no place in the alphabet."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "\n\n": 1, "你": 2, "Ċ": 3}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert TokenBytes(tokenizer).vocabulary == [b"a", b"\n\n", "你".encode(), b"\n"]
+
+
 def test_wordpiece_is_refused() -> None:
     tokenizer = Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(UserError, match="WordPiece"):
