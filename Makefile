@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
 DEMO := --pair smol-mistral --budget 50kB --limit 10
 
-.PHONY: install demo test test-all lint types clean
+.PHONY: install demo test test-all coverage lint types clean
 
 install: $(STAMP)
 
@@ -34,6 +34,11 @@ test: $(STAMP)
 
 test-all: $(GEMMA)
 	$(BIN)/pytest -q
+
+# Lines of the methods and of text/, by the tests of both.
+coverage: $(STAMP)
+	$(BIN)/pytest -q -m "not slow" --cov=ctdbench_methods --cov=ctdbench.text --cov-fail-under=95 \
+		--cov-report=term-missing:skip-covered
 
 lint: $(STAMP) types
 	$(BIN)/ruff check .

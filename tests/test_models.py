@@ -1,4 +1,4 @@
-"""What is done to a student before and after training: transplant, LoRA, merge, save; logits."""
+"""What is done to a student before and after training: layers, LoRA, merge, save; logits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import pytest
 import torch
 import transformers
 from harness_setup import tokenizer
-from tiny_models import bpe_tokenizer, byte_tokenizer, tiny_model
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny_models import bpe_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
 
-from ctdbench.distill import models
-from ctdbench.distill.models import Side, Specials
+from ctdbench.distill import models, references
+from ctdbench.distill.models import Side
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import Lora, ModelSpec
-from ctdbench.text.token_bytes import TokenBytes
 
 SMALL = {
     "vocab_size": 60,
@@ -102,126 +98,6 @@ def test_columns_past_the_vocabulary_are_cut_and_missing_ones_refused() -> None:
     Side.of(tiny_model(own), own)
     with pytest.raises(PreflightError, match="ids, its model only"):
         Side.of(tiny_model(own, vocab_size=len(own) - 1), own)
-
-
-# --- transplant ---
-
-
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """BPE over characters with a dummy prefix and byte fallback; no token spells `fo`."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *"abcdefox"]
-    merges = [("▁", "a"), ("b", "c")]
-    vocabulary = {piece: i for i, piece in enumerate([*pieces, "▁a", "bc"])}
-    backend = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
-    backend.add_special_tokens([AddedToken(p, special=True) for p in pieces[:3]])
-    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
-
-
-@both_heads
-def test_transplant_follows_the_rule_of_fvt(tied: bool) -> None:
-    old, new = tokenizer("teacher"), tokenizer("student")
-    model = tiny_model(old, tie_word_embeddings=tied)
-    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    before = [table.detach().clone() for table in tables]
-    models.transplant(model, old, new)
-    after = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    assert (after[0] is after[1]) == tied
-    known = {token: n for n, token in enumerate(TokenBytes(old).vocabulary) if token}
-    roles = {new.bos_token_id: old.bos_token_id, new.eos_token_id: old.eos_token_id}
-    copied = averaged = 0
-    for index, token in enumerate(TokenBytes(new).vocabulary):
-        if not token:
-            sources = [roles[index]]
-        elif token in known:
-            sources = [known[token]]
-            copied += 1
-        else:
-            sources = split_of(old, known, token)
-            averaged += 1
-        for table, start in zip(after, before, strict=True):
-            torch.testing.assert_close(table[index], start[sources].mean(0))
-    assert min(copied, averaged) > 20
-    assert model.config.vocab_size == len(after[0]) == len(TokenBytes(new).vocabulary)
-    assert (model.config.bos_token_id, model.config.eos_token_id) == tuple(roles)
-
-
-def split_of(old: Any, known: dict[bytes, int], token: bytes) -> list[int]:
-    try:
-        return old(token.decode(), add_special_tokens=False)["input_ids"]
-    except UnicodeDecodeError:  # part of a character: its bytes, each a token in this vocabulary
-        longest = next(n for n in range(len(token), 0, -1) if token[:n] in known)
-        rest = token[longest:]
-        return [known[token[:longest]], *(split_of(old, known, rest) if rest else [])]
-
-
-def test_parts_of_characters_are_spelled_by_the_old_bytes() -> None:
-    old, new = bpe_tokenizer(), tokenizer("teacher")
-    vocabulary = TokenBytes(new).vocabulary
-    sources = models.transfer_sources(old, new)
-    old_vocabulary = TokenBytes(old).vocabulary
-    partial = [n for n, token in enumerate(vocabulary) if (token or b"a")[0] >= 0x80]
-    assert len(partial) >= 128
-    for index in partial:
-        assert b"".join(old_vocabulary[source] for source in sources[index]) == vocabulary[index]
-
-
-def test_a_lone_dummy_prefix_is_no_source() -> None:
-    old = sentencepiece_like()
-    assert old("fo", add_special_tokens=False)["input_ids"][0] == old.get_vocab()["▁"]
-    new = bpe_tokenizer()
-    index = TokenBytes(new).vocabulary.index(b"fo")
-    spelled = [TokenBytes(old).vocabulary[n] for n in models.transfer_sources(old, new)[index]]
-    assert spelled == [b"f", b"o"]
-
-
-def test_specials_map_by_role_and_what_is_not_found_is_the_mean() -> None:
-    old, new = tokenizer("teacher"), bpe_tokenizer()
-    new.add_special_tokens({"additional_special_tokens": ["<tool>"], "pad_token": "<eos>"})
-    assert old.pad_token_id != old.eos_token_id
-    sources = models.transfer_sources(old, new)
-    assert sources[new.eos_token_id] == [old.eos_token_id]  # and not the padding token
-    assert sources[new.bos_token_id] == [old.bos_token_id]
-    assert sources[new.convert_tokens_to_ids("<tool>")] == []
-    model = tiny_model(old)
-    mean = model.get_input_embeddings().weight.detach().mean(0)
-    models.transplant(model, old, new)
-    row = model.get_input_embeddings().weight[new.convert_tokens_to_ids("<tool>")]
-    torch.testing.assert_close(row, mean)
-
-
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Gemma3", "Phi"])
-def test_shared_text_keeps_its_logits(family: str) -> None:
-    """Tokens that exist on both sides: same states, and same logits in the shared columns."""
-    old, new = tokenizer("teacher"), byte_tokenizer()
-    model = small(family, vocab_size=len(old))
-    if model.get_output_embeddings().bias is not None:
-        nn.init.normal_(model.get_output_embeddings().bias)
-    sources = models.transfer_sources(old, new)
-    new_ids = torch.tensor([[b for b in b"one two" if len(sources[b]) == 1]])
-    old_ids = torch.tensor([[sources[int(b)][0] for b in new_ids[0]]])
-    before = forward(model, old_ids)
-    models.transplant(model, old, new)
-    shared = [(n, s[0]) for n, s in enumerate(sources) if len(s) == 1]
-    after = forward(model, new_ids)
-    kept = after[..., [n for n, _ in shared]]
-    torch.testing.assert_close(kept, before[..., [s for _, s in shared]], rtol=1e-4, atol=1e-5)
-    assert len(shared) >= 256
-
-
-@both_heads
-def test_a_transplanted_model_is_saved_and_read_again(tied: bool, tmp_path: Path) -> None:
-    model = tiny_model(tokenizer("teacher"), tie_word_embeddings=tied)
-    new = tokenizer("student")
-    models.transplant(model, tokenizer("teacher"), new)
-    models.save(Side.of(model.eval(), new), tmp_path / "saved")
-    ids = torch.tensor([new("The fox jumps, 42")["input_ids"]])
-    again = models.load_side(ModelSpec(model=f"dir:{tmp_path / 'saved'}"))
-    torch.testing.assert_close(forward(again.model, ids), forward(model, ids))
-    assert again.specials == Specials.of(new)
 
 
 # --- training, merging, saving ---
@@ -314,3 +190,28 @@ def test_a_folder_that_holds_no_model_is_an_error_of_one_line(tmp_path: Path) ->
         with pytest.raises(PreflightError, match="does not load") as caught:
             load(f"dir:{tmp_path}")
         assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_of_bytes_is_a_reference_of_its_own() -> None:
+    source = references.parse("bytes:256")
+    references.require(source)
+    assert references.content(source) == "bytes:256"
+    assert models.load_tokenizer("bytes:256")("é").input_ids == [256, 0xC3, 0xA9]
+    with pytest.raises(UserError, match="bytes:256 is a tokenizer and no model"):
+        models.load_model("bytes:256")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("bytes:255", "write bytes:256"),
+        ("tiny:nobody", "write tiny:student or tiny:teacher"),
+        ("bytes:", "for a tokenizer of bytes: bytes:256"),
+        ("byte:256", "for a tokenizer of bytes: bytes:256"),
+    ],
+)
+def test_other_references_are_refused_in_one_line(text: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"reference '{text}'") as caught:
+        references.parse(text)
+    assert hint in caught.value.hint
+    assert "\n" not in str(caught.value)

