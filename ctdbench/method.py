@@ -213,7 +213,7 @@ class Method:
 
 def cross_entropy(rows: Rows) -> Term:
     """Cross-entropy of the tokens that came, over the supervised rows: nats, and their number."""
-    scored = rows.supervised & (rows.token >= 0)
+    scored = rows.scored()
     nll = nn.functional.cross_entropy(rows.scores()[scored], rows.token[scored], reduction="sum")
     return Term(nll, scored.sum())
 

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ctdbench.errors import UserError
-from ctdbench.spec import PairSpec, check_name
+from ctdbench.spec import BASELINE, PairSpec, check_name
 
 if TYPE_CHECKING:
     from ctdbench.method import Method
@@ -65,6 +65,8 @@ def add_plugin(path: Path) -> str:
 def load_method(name: str) -> type[Method]:
     """The method class called `name`; raises UserError for an unknown name or a broken plugin."""
     info = pick(name, methods(), "method")
+    if BASELINE.fullmatch(name):
+        raise UserError(f"method {name!r} has the name of a baseline", "give it another one")
     try:
         if info.entry_point is not None:
             loaded = info.entry_point.load()

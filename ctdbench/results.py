@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from ctdbench.errors import UserError
-from ctdbench.spec import check_name
+from ctdbench.spec import BASELINE, check_name
 
 if TYPE_CHECKING:
     import pandas
@@ -68,7 +68,7 @@ def baselines(teachers: int) -> list[str]:
 
 def is_baseline(method: str) -> bool:
     """Whether a cell's method is the name of a baseline."""
-    return method in (START, TEACHER) or method.startswith(f"{TEACHER}-")
+    return BASELINE.fullmatch(method) is not None
 
 
 def cell_dir(store: Path, pair: str, method: str, cell_id: str) -> Path:

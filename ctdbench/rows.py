@@ -70,6 +70,10 @@ class Rows:
         follows[:1] = False
         return torch.where(follows, before, -1)
 
+    def scored(self) -> Tensor:
+        """[R] bool: supervised rows for which a token came."""
+        return self.supervised & (self.token >= 0)
+
     def scores(self) -> Tensor:
         """The logits [R, V]; raises TypeError if the method did not ask for them in `needs`."""
         if self.logits is None:

@@ -19,6 +19,7 @@ from ctdbench.errors import UserError
 
 IDENTITY_VERSION = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+BASELINE = re.compile(r"start|teacher(-\d+)?")  # names that no method may have
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 

@@ -164,7 +164,7 @@ class BLD(Method):
 
     def _slots(self, block: Block) -> _Slots:
         rows = block.student
-        width = torch.where(rows.supervised & (rows.token >= 0), rows.byte_end - rows.byte_start, 0)
+        width = torch.where(rows.scored(), rows.byte_end - rows.byte_start, 0)
         heads = torch.arange(self.options.slots, device=width.device)
         slot, row = torch.nonzero(heads[:, None] < width, as_tuple=True)
         return _Slots(row, slot, rows.chunk[row] >= 0)

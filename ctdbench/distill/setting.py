@@ -20,9 +20,11 @@ from ctdbench.distill import models, references, rollouts
 from ctdbench.distill.batches import Batch
 from ctdbench.distill.corpus import Corpus
 from ctdbench.distill.models import Side
+from ctdbench.distill.precision import resolve
 from ctdbench.distill.step import Balance
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import Guide, Network
+from ctdbench.errors import UserError
 from ctdbench.method import Method, PairInfo, PairTables, Trainable
 from ctdbench.spec import RunSpec
 from ctdbench.text.edit_distance import minimum_edit_map
@@ -107,8 +109,17 @@ def derived_seed(*parts: object) -> int:
 
 
 def balancing(spec: RunSpec, method: Method) -> Balance:
-    """How the terms are weighted: as asked for, or as the method was published."""
-    return method.balance if spec.train.balance == "auto" else spec.train.balance
+    """How the terms are weighted: as asked for, or as the method was published.
+
+    Raises UserError for ratio without a cross-entropy to scale the terms to.
+    """
+    rule = method.balance if spec.train.balance == "auto" else spec.train.balance
+    if rule == "ratio" and not method.options.ce_weight:
+        raise UserError(
+            "train.balance: ratio scales the terms to cross-entropy, which has weight 0 here",
+            "set method.ce_weight=1, or train.balance=fixed",
+        )
+    return rule
 
 
 def build_network(spec: RunSpec, setting: Setting) -> tuple[Network, torch.optim.AdamW]:
@@ -177,8 +188,10 @@ def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) ->
     return torch.optim.AdamW(filled, weight_decay=settings.weight_decay)
 
 
-def record(spec: RunSpec, setting: Setting, sample: Sequence[Batch]) -> dict[str, Any]:
-    """How the terms were balanced, how each side rendered prompts, and what X-Token's W reaches.
+def record(
+    spec: RunSpec, setting: Setting, sample: Sequence[Batch], device: torch.device
+) -> dict[str, Any]:
+    """How terms were balanced, in what precision, how sides rendered prompts, what W reaches.
 
     projection: share of the teacher's columns, and of the probability that it gives on `sample`.
     """
@@ -189,12 +202,15 @@ def record(spec: RunSpec, setting: Setting, sample: Sequence[Batch]) -> dict[str
     template = spec.train.template
     setup: dict[str, Any] = {
         "balance": balancing(spec, setting.method),
+        "precision": resolve(spec.train.precision, device),
         "rendering": {name: rollouts.rendering(side, template) for name, side in sides.items()},
     }
     for index, guide in enumerate(guides(setting)):
         assert guide.teacher is not None
         if guide.tables.projection_used:
             laid = [(batch, *batch.others)[index] for batch in sample]
-            mass = torch.stack([guide.teacher.mean_prediction(b.teacher) for b in laid]).mean(0)
+            sizes = torch.tensor([float(len(batch.teacher.position)) for batch in laid])
+            means = torch.stack([guide.teacher.mean_prediction(b.teacher) for b in laid])
+            mass = (sizes / sizes.sum()).to(means.dtype) @ means
             setup[f"projection{guide.suffix}"] = guide.tables.reached(mass)._asdict()
     return setup

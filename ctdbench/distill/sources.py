@@ -8,7 +8,6 @@ says what was trained on.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ctdbench.distill import rollouts
-from ctdbench.distill.corpus import Corpus, Document, training_order
+from ctdbench.distill.corpus import Corpus, Document, cut, shuffled, training_order, within
 from ctdbench.distill.examples import Example, build_examples
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
@@ -78,10 +77,10 @@ def teacher_documents(
     Raises UserError if all prompts together do not fill the budget.
     """
     settings, chosen = spec.train, decoding(spec.train, TEACHER_SEED)
-    whole = sum(document.size for document in corpus.train)
-    pieces = training_order(corpus, spec.seed, whole, settings.document_bytes)
-    prompts = list(dict.fromkeys(rollouts.prompt(p, settings.prompt_bytes) for p in pieces))
-    asked, found, counts, size = 0, [], Counter[str](), 0
+    order = shuffled(corpus, spec.seed)  # whole documents: a piece may lack its question
+    prompts = list(dict.fromkeys(rollouts.prompt(d, settings.prompt_bytes) for d in order))
+    counts = Counter({"prompt that another document has": len(order) - len(prompts)})
+    asked, found, size = 0, list[Document](), 0
     while size < settings.budget and asked < len(prompts):
         # As many more as the texts so far let expect, so that few are written for nothing.
         missing = (settings.budget - size) * asked / size if size else 0.0
@@ -102,15 +101,10 @@ def teacher_documents(
     if size < settings.budget:
         raise UserError(
             f"train.budget: the teacher wrote {size} bytes for all prompts of {corpus.name}",
-            "ask for less, or raise train.generated_tokens",
+            "ask for a smaller --budget",
         )
-    before = itertools.accumulate((text.size for text in found), initial=0)
-    kept = [
-        text
-        for text, sum_before in zip(found, before, strict=False)
-        if sum_before < settings.budget
-    ]
-    return kept, dict(counts)
+    pieces = [piece for text in found for piece in cut(text, settings.document_bytes)]
+    return within(pieces, settings.budget), dict(+counts)
 
 
 @dataclass
@@ -118,14 +112,14 @@ class OnPolicy:
     """Replaces some documents' text by what the student writes at that step.
 
     Which documents, and what is drawn, follows from the seed, the step and the document alone: not
-    from micro-batches or processes.
+    from micro-batches or processes. Plain text goes on from where its prompt ends; with a chat
+    template a document needs a question, and a piece that begins within an answer stays as it is.
     """
 
     spec: RunSpec
     student: Side
     teachers: Sequence[Side]
     precision: str
-    counts: Counter[str]
 
     @classmethod
     def of(
@@ -134,13 +128,16 @@ class OnPolicy:
         """model: the student as it is trained, adapters included."""
         sides = [teacher.side for teacher in teachers]
         precision = resolve(spec.train.precision, device)
-        return cls(spec, replace(student, model=model), sides, precision, Counter())
+        return cls(spec, replace(student, model=model), sides, precision)
 
-    def examples(self, batch: Sequence[Example], step: int) -> list[Example]:
-        """The step's examples; the corpus's own text stays where the student wrote none."""
+    def examples(self, batch: Sequence[Example], step: int) -> tuple[list[Example], dict[str, int]]:
+        """The step's examples, and how many the student wrote or failed to write.
+
+        The corpus's own text stays where the student wrote none.
+        """
         chosen = [index for index in range(len(batch)) if self._is_chosen(batch[index].document)]
         if not chosen:
-            return list(batch)
+            return list(batch), {}
         settings = self.spec.train
         answers = rollouts.continued(
             self.student,
@@ -150,15 +147,17 @@ class OnPolicy:
             stream=f"step {step}",
             precision=self.precision,
         )
-        made = dict(enumerate(batch))
+        made, counts = list(batch), Counter[str]()
         for index, answer in zip(chosen, answers, strict=True):
             found = self._example(answer)
-            self.counts["on-policy" if found else "on-policy without text"] += 1
+            counts["on-policy" if found else "on-policy without text"] += 1
             made[index] = found or made[index]
-        return [made[index] for index in range(len(batch))]
+        return made, dict(counts)
 
     def _is_chosen(self, document: Document) -> bool:
-        share = self.spec.train.on_policy
+        share, first = self.spec.train.on_policy, document.segments[0].role
+        if self.spec.train.template == "chat" and first == "assistant":
+            return False
         draw = random.Random(f"ctdbench/on-policy/{self.spec.seed}/{document.text}").random()
         return draw < share
 

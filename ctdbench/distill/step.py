@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from ctdbench.distill import balance
 from ctdbench.distill.batches import Batch
-from ctdbench.distill.blocks import BlockRows
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import CE, Guide, Network, View
-from ctdbench.errors import RunError, UserError
+from ctdbench.errors import RunError
 from ctdbench.method import Method, PairTables, Scalars, Term
 
 Number = TypeVar("Number", float, Tensor)
@@ -104,8 +103,8 @@ class Step:
     ) -> None:
         """network: a `Network`, wrapped by `accelerator.prepare` or not. weight: the teacher's.
 
-        others: further teachers; batches then carry `Batch.others`. Raises UserError where the
-        method's loss cannot be balanced in that way.
+        others: further teachers; batches then carry `Batch.others`. Raises UserError where gradmag
+        has no parameters to take its norms on.
         """
         self.wrapped = network
         self.network: Network = accelerator.unwrap_model(network)
@@ -115,11 +114,6 @@ class Step:
         self.precision = precision
         self.block_rows = block_rows
         self.balancing = balancing
-        if balancing == "ratio" and not method.options.ce_weight:
-            raise UserError(
-                "train.balance: ratio scales the terms to cross-entropy, which has weight 0 here",
-                "set method.ce_weight=1, or train.balance=fixed",
-            )
         self._layer = balance.last_layer(self.network.model) if balancing == "gradmag" else []
 
     @property
@@ -210,7 +204,10 @@ class Step:
                 view.load_scalars()
                 for name, total in view.own_totals().items():
                     sums[name] = total + sums[name] if name in sums else total
-            totals = self.reduced(sums)
+            # Objects come back on the device of the process that they were made on.
+            gathered = self.reduced({name: total.cpu() for name, total in sums.items()})
+            device = self.accelerator.device
+            totals = {name: total.to(device) for name, total in gathered.items()}
             for view in own:
                 view.totals = totals
 
@@ -257,9 +254,9 @@ class Step:
 
         weights: of the terms; None keeps the gradient of each term apart.
         """
-        student = views[0].batch.student
-        with autocast(student.ids.device, self.precision):
-            hidden = self.wrapped(student.ids, student.mask)
+        texts = views[0].batch.student
+        with autocast(texts.ids.device, self.precision):
+            hidden = self.wrapped(texts.ids, texts.mask)
         parts = _Gradients(hidden, head)
         for view in views:
             if not view.blocks:
@@ -269,11 +266,13 @@ class Step:
             for rows in view.blocks:
                 position = view.batch.student.position[rows.student]
                 leaf = hidden.detach()[position].requires_grad_()
-                shares = self._shares(view.block_terms(rows, leaf), counts, sums)
+                student = view.student_rows(rows, leaf)
+                shares = self._shares(view.block_terms(rows, student), counts, sums)
                 if slopes:
-                    shares |= _sloped(view, rows, leaf, slopes)
+                    values = view.method_scalars(student, "student")
+                    shares |= {n: (values * slopes[n][rows.student]).sum() for n in slopes}
                 self._differentiate(shares, leaf, position, parts, weights)
-                del shares  # its graph would live on beside the next block's
+                del student, shares  # their graph would live on beside the next block's
             view.unload()
         return parts
 
@@ -366,7 +365,7 @@ class Step:
             terms = {name: value for name, value in means.items() if name != CE}
             return {CE: 1.0, **balance.ratio(means.get(CE, 0.0), terms, own)}
         weighted = [name for name, weight in own.items() if weight]
-        return dict.fromkeys(means, 0.0) | balance.gradmag(self._norms(weighted, parts))
+        return dict.fromkeys(means, 0.0) | balance.gradmag(self._norms(weighted, parts), own)
 
     def _norms(self, names: Iterable[str], parts: Sequence[_Gradients]) -> dict[str, float]:
         """Norm of each term's gradient over the global batch on the last layer's parameters."""
@@ -410,14 +409,6 @@ class Step:
         if not math.isfinite(loss):
             raise RunError(f"the loss is not finite ({means})", "lower train.learning_rate")
         return StepReport(loss, means, {name: weights.get(name, 0.0) for name in means})
-
-
-def _sloped(
-    view: View, rows: BlockRows, leaf: Tensor, slopes: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What has, of every term, the gradient that its slope says."""
-    values = view.method_scalars(view.student_rows(rows, leaf), "student")
-    return {name: (values * slope[rows.student]).sum() for name, slope in slopes.items()}
 
 
 def _check_counts(expected: Mapping[str, float], seen: Mapping[str, float]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Progress:
     student_tokens: int = 0
     teacher_tokens: int = 0
     seconds: float = 0.0
+    generated: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def train(
     writer = OnPolicy.of(spec, setting.student, network.model, teachers, accelerator.device)
     loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer)
     loop.run(batches, progress=progress and accelerator.is_main_process)
+    sample = [batch for example in examples[:8] for batch in loop.batches([example])]
     report = _report(done, setting, network, skipped)
-    setup = record(spec, setting, loop.batches(examples[:8]))
-    return network, replace(report, generated=dict(writer.counts), setup=setup)
+    return network, replace(report, setup=record(spec, setting, sample, accelerator.device))
 
 
 class _Loop:
@@ -145,7 +146,8 @@ class _Loop:
             for examples in batches[self.done.step :]:
                 before = self.done.student_tokens
                 values = self._optimise(examples)
-                metrics.write({**asdict(self.done), **values})
+                counters = {k: v for k, v in asdict(self.done).items() if k != "generated"}
+                metrics.write({**counters, **values})
                 bar.update(self.done.student_tokens - before)
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 self._checkpoint()
@@ -155,7 +157,7 @@ class _Loop:
         # What a method draws at random depends on the step alone, so a resumed run draws the same.
         torch.manual_seed(derived_seed("step", self.spec.seed, self.done.step))
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = self.writer.examples(examples[rank::processes], self.done.step)
+        mine, written = self.writer.examples(examples[rank::processes], self.done.step)
         # A process without a document borrows one and is idle.
         report = self.step.gradients(self.batches(mine or examples[:1]), idle=not mine)
         self._clip()
@@ -165,12 +167,14 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done.step += 1
-        self._count(mine)
+        self._count(mine, written)
         self.done.seconds += time.monotonic() - started
         return {"loss": report.loss, **report.terms, **self._moving_weights(report)}
 
-    def _count(self, mine: Sequence[Example]) -> None:
-        """Text and tokens of this step, over all processes."""
+    def _count(self, mine: Sequence[Example], written: Mapping[str, int]) -> None:
+        """Text, tokens and what the student wrote at this step, over all processes."""
+        for name, count in self.step.reduced(dict(written)).items():
+            self.done.generated[name] = self.done.generated.get(name, 0) + int(count)
         taught = [side for example in mine for side in (example, *example.others)]
         counted = {
             "text_bytes": sum(len(example.text) for example in mine),
@@ -261,6 +265,7 @@ def _report(
         flops=flops,
         peak_memory_bytes=peak_memory(),
         skipped=skipped,
+        generated=done.generated,
     )
 
 

@@ -140,6 +140,7 @@ class View:
         """The teacher's scalars."""
         values = [self.method_scalars(rows, "teacher") for rows in self._teacher_rows()]
         self.scalars = Scalars(torch.cat(values), self._bare_teacher())
+        self.states = None
 
     def own_totals(self) -> dict[str, Tensor]:
         """`Method.totals` over this view."""
@@ -151,10 +152,9 @@ class View:
         """Every term's count over this view; cross-entropy belongs to the first teacher's view."""
         counts: defaultdict[str, float] = defaultdict(float)
         for rows in self.blocks:
-            block = self.block(rows, None)
+            block = self.block(rows)
             if not self.guide.suffix:
-                scored = block.student.supervised & (block.student.token >= 0)
-                counts[CE] += float(scored.sum())
+                counts[CE] += float(block.student.scored().sum())
             for name, count in self._block_counts(block).items():
                 counts[name + self.guide.suffix] += float(count)
         return dict(counts)
@@ -195,7 +195,7 @@ class View:
     def load(self) -> None:
         """The teacher's states and byte distributions."""
         needs = self.method.needs
-        if not needs.teacher:
+        if not needs.teacher or needs.kind == "scalars":  # whose scalars are known by now
             return
         if needs.teacher_logits or needs.bytes != "beam":
             self.load_states()
@@ -207,22 +207,21 @@ class View:
         """Let go of what `load` made."""
         self.states = self.bytes = None
 
-    def block_terms(self, rows: BlockRows, leaf: Tensor) -> dict[str, Term]:
+    def block_terms(self, rows: BlockRows, student: Rows) -> dict[str, Term]:
         """The terms of one block (kind "scalars": none of the method's own)."""
-        with autocast(leaf.device, self.precision):
-            block = self.block(rows, leaf)
+        with autocast(student.token.device, self.precision):
+            block = self.block(rows, student)
             terms = {} if self.guide.suffix else {CE: cross_entropy(block.student)}
             if self.method.needs.kind == "blocks":
                 own = self.method.terms(block, self.modules)
                 terms |= {name + self.guide.suffix: term for name, term in own.items()}
         return terms
 
-    def block(self, rows: BlockRows, leaf: Tensor | None) -> Block:
-        """The block; without states (leaf None) it carries no logits, for counting."""
+    def block(self, rows: BlockRows, student: Rows | None = None) -> Block:
+        """The block; by default the student's rows carry no logits, for counting."""
         needs, batch = self.method.needs, self.batch
-        student = self._tables(bare_rows(batch.student, rows.student, rows), self.network.model)
-        if leaf is not None:
-            student = self.student_rows(rows, leaf)
+        if student is None:
+            student = self._tables(bare_rows(batch.student, rows.student, rows), self.network.model)
         teacher = None
         if needs.teacher_logits and needs.kind == "blocks":
             teacher = bare_rows(batch.teacher, rows.teacher, rows)
@@ -248,7 +247,8 @@ class View:
         bare = bare_rows(self.batch.student, rows.student, rows)
         hidden = leaf if self.method.needs.hidden else None
         bare = self._tables(bare, self.network.model)
-        return replace(bare, logits=self.network.logits(leaf), hidden=hidden)
+        with autocast(leaf.device, self.precision):
+            return replace(bare, logits=self.network.logits(leaf), hidden=hidden)
 
     def method_scalars(self, rows: Rows, side: SideName) -> Tensor:
         """`Method.scalars` under the harness's precision."""

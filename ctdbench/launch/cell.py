@@ -5,6 +5,7 @@ A result is written last. The same request again finds it, or resumes from the n
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -13,13 +14,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers.utils import logging as hf_logging
 
 from ctdbench import __version__, registry, results
@@ -27,7 +29,7 @@ from ctdbench.distill import models, references, train
 from ctdbench.distill.corpus import Corpus, load_corpus, training_order
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
-from ctdbench.distill.setting import Setting, pair_tables, save_modules
+from ctdbench.distill.setting import Setting, balancing, pair_tables, save_modules
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import Guide
 from ctdbench.errors import UserError
@@ -59,7 +61,9 @@ def run_cell(
     if found is not None:
         return {**found, "was_done": True}
     _check(spec, corpus)
-    accelerator = Accelerator(mixed_precision="no")  # autocast is the harness's own
+    # Autocast is the harness's own. Others wait for as long as the first process evaluates.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     pair = LoadedPair(spec, accelerator.device)
     method = create(spec.method, spec.options)
@@ -75,6 +79,7 @@ def run_cell(
 def _check(spec: RunSpec, corpus: Corpus) -> None:
     """What can be said of a request before the first model is loaded is said now."""
     method = create(spec.method, spec.options)
+    balancing(spec, method)
     if method.needs.bytes == "beam" and spec.train.template == "chat":
         raise UserError("method.bytes: beam reads plain text", "set train.template=plain")
     training_order(corpus, spec.seed, spec.train.budget, spec.train.document_bytes)
@@ -171,7 +176,8 @@ class Cell:
         """The teacher at `index` with its tables."""
         side, stated = pair.teachers[index], self.spec.pair.teachers[index]
         tables = pair_tables(pair.student, side)
-        identity = f"{self.content[_teacher_name(index)]}/{stated.layers}"
+        drawn = {name: value for name, value in stated.identity().items() if name != "weight"}
+        identity = json.dumps([self.content[_teacher_name(index)], drawn], sort_keys=True)
         teacher = Teacher(side, tables.teacher_trie, precision, identity)
         suffix = f"@{index + 1}" if index else ""
         return Guide(teacher, tables, suffix, stated.weight)

@@ -80,7 +80,8 @@ def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
     labelled = {}
     for label, kin in rows.items():
         options = [_options(next(iter(by_seed.values()))["spec"]) for by_seed in kin.values()]
-        differing = [name for name in options[0] if len({_key(o.get(name)) for o in options}) > 1]
+        names = dict.fromkeys(name for chosen in options for name in chosen)  # old cells have fewer
+        differing = [name for name in names if len({_key(o.get(name)) for o in options}) > 1]
         for chosen, by_seed in zip(options, kin.values(), strict=True):
             told = "".join(f" {name}={chosen.get(name)}" for name in differing)
             labelled[label + told] = list(by_seed.values())
