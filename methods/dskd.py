@@ -126,7 +126,7 @@ class DSKD(Method):
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """The student's scored rows, the one denominator of all terms."""
-        return dict.fromkeys(TERMS, _scored(block.student).sum())
+        return dict.fromkeys(TERMS, block.student.scored().sum())
 
     def _totals(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         student, teacher = _sides(block.student, block.taught())
@@ -160,7 +160,7 @@ class _Side(NamedTuple):
 
 def _sides(student: Rows, teacher: Rows) -> tuple[_Side, _Side]:
     """The scored rows of the documents that have some on both sides."""
-    own, taught = _scored(student), _scored(teacher)
+    own, taught = student.scored(), teacher.scored()
     kept = own & torch.isin(student.document, teacher.document[taught])
     kept_teacher = taught & torch.isin(teacher.document, student.document[own])
     return _side(student, kept, "student"), _side(teacher, kept_teacher, "teacher")
@@ -187,13 +187,8 @@ def _states(rows: Rows, name: SideName) -> tuple[Tensor, Tensor]:
             "dskd serves models whose embeddings are as wide as their states; try another method",
         )
     ids = torch.stack([rows.inputs(), rows.token], 1)
-    ids = torch.where(_scored(rows)[:, None], ids, 0).clamp(min=0)
+    ids = torch.where(rows.scored()[:, None], ids, 0).clamp(min=0)
     return rows.hidden, nn.functional.embedding(ids, rows.embedding.detach()).flatten(1)
-
-
-def _scored(rows: Rows) -> Tensor:
-    """[R] bool: supervised rows whose token came."""
-    return rows.supervised & (rows.token >= 0)
 
 
 def _deviations(sums: Tensor | None) -> Tensor:

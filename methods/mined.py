@@ -91,7 +91,7 @@ class MinED(Method):
 
     def pairs(self, student: Rows, teacher: Rows, pair: PairTables) -> Tensor:
         """Student and teacher rows that fit, [P, 2], document by document."""
-        scored, taught = _scored(student), _scored(teacher)
+        scored, taught = student.scored(), teacher.scored()
         own_read, taught_read = student.inputs(), teacher.inputs()
         found = [student.token.new_empty(0, 2)]
         for document in student.document[scored].unique().tolist():
@@ -107,7 +107,7 @@ class MinED(Method):
         if block.pairs is None:
             raise TypeError("mined pairs rows and this block has no pairs")
         student, (rows, taught) = block.student, block.pairs.T
-        scored = _scored(student)
+        scored = student.scored()
         log_p = (student.scores().float() / self.options.temperature).log_softmax(-1)
         alone = torch.nonzero(scored.index_fill(0, rows, False))[:, 0]
         total = -log_p[alone, student.token[alone]].sum()
@@ -119,7 +119,7 @@ class MinED(Method):
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Scored rows."""
-        return {"kl": _scored(block.student).sum()}
+        return {"kl": block.student.scored().sum()}
 
     def _targets(self, block: Block, rows: Tensor) -> Tensor:
         """q from the teacher's rows [P]: [P, V_S] float32, in memory of its own."""
@@ -165,10 +165,6 @@ class MinED(Method):
         if self.options.logit == "nearest":
             return taught[:, None] == _mapped(own, pair.reverse_edit_map)
         return _mapped(taught, pair.edit_map)[:, None] == own
-
-
-def _scored(rows: Rows) -> Tensor:
-    return rows.supervised & (rows.token >= 0)
 
 
 def _mapped(ids: Integers, table: Tensor) -> Integers:
