@@ -242,13 +242,19 @@ def check(
     """
     from ctdbench import registry, request
 
+    for setting in settings or []:
+        if not setting.startswith("method."):
+            raise UserError(
+                f"--set {setting}: check takes options of the method alone",
+                "write --set method.FIELD=VALUE",
+            )
     for path in plugin or []:
         registry.add_plugin(path)
     spec = request.build_spec({"method": name, "pair": "tiny"}, settings=settings or [])
     spec = request.resolve_options(spec)
     from ctdbench.launch import conformance
 
-    if not conformance.run(spec, typer.echo):
+    if not conformance.run(spec, typer.echo, debug=debug):
         raise typer.Exit(1)
 
 

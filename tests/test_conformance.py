@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from faulty_methods import BROKEN, EVERY_CALL, LINES, SOUND, changed
 from test_cli import apart
 from typer.testing import CliRunner
 
@@ -13,143 +15,6 @@ from ctdbench.cli import app
 from ctdbench.launch import conformance
 from ctdbench.launch.conformance import Finding
 from ctdbench.launch.conformance.bench import Bench
-
-SOUND = '''
-"""Match: the squared difference of both sides' entropies where a chunk ends."""
-
-from __future__ import annotations
-
-from pydantic import Field
-
-from ctdbench import ops
-from ctdbench.method import Method, MethodOptions, Term
-
-META = {
-    "title": "Match: entropies of chunks",
-    "url": "https://example.org/match",
-    "year": 2026,
-    "needs": ["teacher logits"],
-    "cost": "one softmax a side",
-    "floor": "zero",
-}
-
-
-class MatchOptions(MethodOptions):
-    weight: float = Field(1.0, ge=0, description="Weight of the term.")
-
-
-class Match(Method):
-    Options = MatchOptions
-
-    def weights(self):
-        return {"match": self.options.weight}
-
-    def terms(self, block, modules):
-        return {"match": self.match(block, (block.student, block.taught()))}
-
-    def match(self, block, sides):
-        own, taught = rows(block).T
-        gap = entropy(sides[0].scores()[own]) - entropy(sides[1].scores()[taught].detach())
-        return Term(gap.square().sum(), size(own))
-
-    def counts(self, block):
-        return {"match": size(rows(block)[:, 0])}
-
-
-def rows(block):
-    return ops.last_row_pairs(block.student.chunk, block.taught().chunk, block.chunks)
-
-
-def size(own):
-    return own.new_tensor(len(own))
-
-
-def entropy(logits):
-    scores = logits.log_softmax(-1)
-    return -(scores.exp() * scores).sum(-1)
-
-
-METHOD = Match
-'''
-
-STEPPED = {"block size", "micro-batches", "streaming"}
-EVERY_CALL = set(conformance.names()) - {"META", "options"}
-
-# name: (what is written in the place of what, the checks that it must fail)
-BROKEN: dict[str, tuple[dict[str, str], set[str]]] = {
-    "a mean over the block": (
-        {
-            "gap.square().sum()": "gap.square().sum() / max(len(own), 1)",
-            "new_tensor(len(own))": "new_tensor(1)",
-        },
-        STEPPED,
-    ),
-    "rows of padding": (
-        {
-            "return Term(": "away = [entropy(s.scores()[~s.supervised]).sum() for s in sides]\n"
-            "        gap = gap + away[0] - away[1].detach()\n"
-            "        return Term("
-        },
-        {"padding", "streaming"},
-    ),
-    "0/0 for a document without chunks": (
-        {
-            "gap.square().sum()": "(ops.segment_sum(gap.square(), sides[0].document[own], n(block))"
-            " / block.document_chunks * block.document_chunks).sum()",
-            "def size(": "def n(block):\n    return len(block.document_chunks)\n\n\ndef size(",
-        },
-        {"padding", "no chunk"},
-    ),
-    "a gradient to the teacher": ({".detach()": ""}, {"teacher"}),
-    "no gradient to the student": ({"[own])": "[own].detach())"}, {"terms"}),
-    "a count that lies": (
-        {"size(rows(block)[:, 0])": "size(rows(block)[:, 0]) + 1"},
-        {*STEPPED, "counts", "five steps"},
-    ),
-    "a count by the logits": (
-        {"sum(), size(own)": "sum(), (sides[0].scores()[own, 0] > 0).sum()"},
-        {*STEPPED, "counts", "student ids", "five steps"},
-    ),
-    "an option without a description": ({', description="Weight of the term."': ""}, {"options"}),
-    "options that take anything": (
-        {"Options(MethodOptions):": 'Options(MethodOptions, extra="allow"):'},
-        {"options"},
-    ),
-    "a weight of no term": (
-        {'"match": self.options': '"mach": 2.0, "match": self.options'},
-        {"weights"},
-    ),
-    "rows modified in place": (
-        {"own, taught = ": "sides[1].scores().clamp_(min=-1e6)\n        own, taught = "},
-        {"inputs"},
-    ),
-    "a column by its number": (
-        {"logits.log_softmax": "logits[:, 5:].log_softmax"},
-        {"student ids", "teacher ids"},
-    ),
-    "a weight by the document's place": (
-        {"gap.square()": "((1 + sides[0].document[own]) * gap.square())"},
-        {"document order", "micro-batches"},
-    ),
-    "a logarithm of zero": (
-        {"scores = logits.log_softmax(-1)": "scores = logits.softmax(-1).log()"},
-        {"one-hot logits"},
-    ),
-    "a floor that is none": ({"- entropy(": "+ entropy("}, {"floor"}),
-    "a gradient turned around": (
-        {
-            "return Term(": "gap = 3 * gap.detach() - 2 * gap\n        return Term(",
-            '"match": self.options': '"match": 99 * self.options',
-        },
-        {"five steps"},
-    ),
-    "no year": ({'"year": 2026,': ""}, {"META"}),
-    "an exception from no check": (
-        {'"floor": "zero",': '"floor": "zero", "exceptions": {"blok size": "why"},'},
-        {"META"},
-    ),
-    "no terms": ({"return Term(": "return ("}, EVERY_CALL),
-}
 
 
 @pytest.fixture
@@ -163,15 +28,6 @@ def written(folder: Path, source: str = SOUND) -> str:
     path = folder / "match.py"
     path.write_text(source, encoding="utf-8")
     return registry.add_plugin(path)
-
-
-def changed(changes: dict[str, str]) -> str:
-    """The sound plugin with other text in some places."""
-    source = SOUND
-    for old, new in changes.items():
-        assert old in source
-        source = source.replace(old, new)
-    return source
 
 
 def findings(name: str, *settings: str) -> list[Finding]:
@@ -224,7 +80,33 @@ def test_a_crash_names_the_plugins_line(tmp_path: Path) -> None:
     line = 1 + source[: source.index("missing.T")].count("\n")
     texts = failed(findings(written(tmp_path, source)))
     assert texts.keys() == EVERY_CALL
-    assert texts["padding"] == f"NameError: name 'missing' is not defined (match.py line {line})"
+    assert texts["terms"] == f"NameError: name 'missing' is not defined (match.py line {line})"
+    assert {text for name, text in texts.items() if name != "terms"} == {"as terms"}
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize("fault", LINES)
+def test_a_failure_says_what_to_do(fault: str, tmp_path: Path) -> None:
+    changes, name, expected = LINES[fault]
+    texts = failed(findings(written(tmp_path, changed(changes))))
+    assert re.fullmatch(expected, texts[name])
+
+
+@pytest.mark.usefixtures("plugins")
+def test_an_exception_that_is_refused_excuses_nothing(tmp_path: Path) -> None:
+    declared = '"exceptions": {"teacher": "why"}, "floor": "zero",'
+    name = written(tmp_path, changed({".detach()": "", '"floor": "zero",': declared}))
+    assert failed(findings(name)).keys() == {"META", "teacher"}
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_floor_that_is_no_minimum_has_a_reason(tmp_path: Path) -> None:
+    declared = '"zero, no minimum: the difference has a sign"'
+    name = written(tmp_path, changed({"gap.square()": "gap", '"zero"': declared}))
+    found = findings(name)
+    assert not failed(found)
+    texts = {finding.name: finding.text for finding in found}
+    assert texts["floor"] == "zero; no minimum: the difference has a sign"
 
 
 @pytest.mark.usefixtures("plugins")
@@ -237,7 +119,7 @@ def test_exceptions_are_skipped_with_their_reason(tmp_path: Path) -> None:
     assert not failed([*found.values()])
     assert found["student ids"] == Finding("unchanged by", "student ids", "skipped", "so")
     assert found["teacher ids"].text == "and so"
-    assert found["floor"].text == "zero"
+    assert found["floor"].text == "zero; no less for 24 other students"
 
 
 @pytest.mark.usefixtures("plugins")
@@ -265,7 +147,7 @@ def test_an_entropy_floor_is_a_minimum(tmp_path: Path) -> None:
     name = written(tmp_path, source.replace('"zero"', '"minimum"'))
     found = findings(name)
     assert not failed(found)
-    assert next(f.text for f in found if f.name == "floor").startswith("a minimum: ")
+    assert next(f.text for f in found if f.name == "floor").startswith("a minimum, ")
 
 
 def check(*arguments: str) -> tuple[int, str]:
@@ -299,8 +181,20 @@ def test_the_report_of_a_broken_plugin(tmp_path: Path) -> None:
     path.write_text(SOUND.replace(".detach()", ""), encoding="utf-8")
     code, report = check("match", "--plugin", str(path))
     assert code == 1
-    assert "  FAIL     teacher: a gradient reaches the teacher's logits; detach them" in report
+    cure = "use block.taught().scores().detach()"
+    assert f"  FAIL     teacher: a gradient reaches the teacher's logits; {cure}" in report
     assert report.splitlines()[-1] == "20 of 21 checks passed"
+
+
+@pytest.mark.usefixtures("plugins")
+def test_debug_shows_the_first_crash(tmp_path: Path) -> None:
+    path = tmp_path / "match.py"
+    path.write_text(changed({"own, taught = rows(block).T": "own, taught = missing.T"}))
+    assert "Traceback" not in check("match", "--plugin", str(path))[1]
+    code, report = check("match", "--plugin", str(path), "--debug")
+    assert code == 1
+    assert report.count("Traceback") == 1
+    assert "own, taught = missing.T" in report
 
 
 def test_a_method_of_one_tokenizer_is_run_on_one() -> None:
@@ -315,6 +209,8 @@ def test_a_method_of_one_tokenizer_is_run_on_one() -> None:
     [
         (["p-lk"], "did you mean p-kl"),
         (["p-kl", "--set", "method.temprature=2"], "did you mean temperature"),
+        (["p-kl", "--set", "train.steps=2"], "write --set method.FIELD=VALUE"),
+        (["p-kl", "--set", "eval.limit=2"], "check takes options of the method alone"),
         (["p-kl", "--plugin", "nowhere.py"], "plugin nowhere.py is no file"),
     ],
 )

@@ -5,10 +5,15 @@
     skipped  floor: byte heads of its own
 
 A method's META may say what the checks have to know of it:
-floor       what its terms are where student = teacher: "zero"; "minimum" (such as a cross-entropy
-            with the teacher); or "none: REASON". Without it zero is tried, then minimum.
+floor       what its terms are where student = teacher: "zero", and no less for any other student;
+            "zero, no minimum: REASON" where some students have less; "minimum" (such as a
+            cross-entropy with the teacher); "none: REASON". Without it zero is tried, then minimum.
 exceptions  {CHECK: REASON} for what changes the loss by construction; "CHECK if OPTION=VALUE" for a
-            variant that does.
+            variant that does. Only `floor` and the group "unchanged by" have exceptions.
+
+A block may have no rows on a side: of a document without chunks there is cross-entropy alone, and
+`terms`, `counts`, `scalars` and `prepare` are called with what is left. A maximum or a mean of
+nothing is what breaks there.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +34,8 @@ from ctdbench.method import Needs
 from ctdbench.spec import RunSpec
 
 Status = Literal["ok", "FAIL", "skipped"]
-FLOORS = ("zero", "minimum", "none")
+FLOORS = {"zero": False, checks.SIGNED: True, "minimum": False, "none": True}  # with a reason?
+EXCUSABLE = ("student = teacher", "unchanged by")  # groups: any other check holds of all methods
 
 
 def meta(bench: Bench) -> str:
@@ -50,20 +56,27 @@ def meta(bench: Bench) -> str:
     listed = registry.methods()[bench.spec.method]
     if listed.file is not None and dict(listed.meta) != dict(stated):
         raise Failed("META is no literal, so `ctdbench list` cannot read it without an import")
-    _check_declared(stated)
+    _check_declared(stated, bench.method.options.model_dump())
     paper = f"arXiv {stated['paper']}" if stated.get("paper") else stated.get("url")
     return ", ".join(str(part) for part in (paper, stated.get("year")) if part) or "complete"
 
 
-def _check_declared(stated: Mapping[str, Any]) -> None:
+def _check_declared(stated: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     kind, _, reason = str(stated.get("floor", "zero")).partition(":")
-    if kind not in FLOORS or (kind == "none") != bool(reason.strip()):
-        raise Failed('META floor: "zero", "minimum" or "none: REASON"')
-    for key, why in _exceptions(stated).items():
-        if key.partition(" if ")[0] not in names() or not str(why).strip():
-            raise Failed(
-                f"META exceptions: {key!r} is no check with a reason; {', '.join(names())}"
-            )
+    if kind not in FLOORS or FLOORS[kind] != bool(reason.strip()):
+        allowed = (f'"{name}: REASON"' if why else f'"{name}"' for name, why in FLOORS.items())
+        raise Failed(f"META floor must be one of {', '.join(allowed)}")
+    exceptions = stated.get("exceptions", {})
+    checks_named = f"checks: {', '.join(_excusable())}"
+    if not isinstance(exceptions, dict):
+        raise Failed(f"META exceptions must be {{CHECK: REASON}}; {checks_named}")
+    for key, why in exceptions.items():
+        name, condition, option, equals = _parts(key)
+        if name not in _excusable() or not str(why or "").strip():
+            raise Failed(f"META exceptions: {key!r} is no such check with a reason; {checks_named}")
+        if condition and not (option in options and equals):
+            known = ", ".join(options)
+            raise Failed(f"META exceptions: {key!r} names no OPTION=VALUE; options: {known}")
 
 
 CHECKS: Mapping[str, Mapping[str, Check]] = {
@@ -99,12 +112,13 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, on one line."""
+    """What one check found, on one line; and what the method raised, if that ended the check."""
 
     group: str
     name: str
     status: Status
     text: str
+    crash: Exception | None = field(default=None, compare=False)
 
 
 def names() -> list[str]:
@@ -113,16 +127,25 @@ def names() -> list[str]:
 
 
 def check(bench: Bench) -> Iterator[Finding]:
-    """Every check on a method, in order; what breaks one check fails it and no other."""
+    """Every check on a method, in order; what breaks one check fails it and no other.
+
+    A failure that reads like an earlier one is `as CHECK`.
+    """
+    seen: dict[str, str] = {}
     for group, members in CHECKS.items():
         for name, run_check in members.items():
-            yield Finding(group, name, *_outcome(bench, name, run_check))
+            status, text, crash = _outcome(bench, name, run_check)
+            if status == "FAIL":
+                earlier = seen.setdefault(text, name)
+                text = _noted(crash, text) if earlier == name else f"as {earlier}"
+            yield Finding(group, name, status, text, crash)
 
 
-def run(spec: RunSpec, say: Callable[[str], None]) -> bool:
+def run(spec: RunSpec, say: Callable[[str], None], *, debug: bool = False) -> bool:
     """Say the report line by line as it comes; whether every check passed.
 
-    spec: a cell on the pair `tiny` with the method's resolved options.
+    spec: a cell on the pair `tiny` with the method's resolved options. debug: with the traceback
+    of the first crash.
     """
     bench = Bench(spec)
     for line in heading(bench):
@@ -132,6 +155,9 @@ def run(spec: RunSpec, say: Callable[[str], None]) -> bool:
         if not found or found[-1].group != finding.group:
             say(f"\n{finding.group}")
         say(f"  {finding.status:<7}  {finding.name}: {finding.text}")
+        if debug and finding.crash is not None:
+            say("".join(traceback.format_exception(finding.crash)))
+            debug = False
         found.append(finding)
     say("\n" + verdict(found))
     return not any(finding.status == "FAIL" for finding in found)
@@ -167,34 +193,46 @@ def verdict(found: Iterable[Finding]) -> str:
     return f"{statuses.count('ok')} of {ran} checks passed{rest}"
 
 
-def _outcome(bench: Bench, name: str, run_check: Check) -> tuple[Status, str]:
+def _outcome(bench: Bench, name: str, run_check: Check) -> tuple[Status, str, Exception | None]:
     reason = _exception(bench, name)
     if reason:
-        return "skipped", reason
+        return "skipped", reason, None
     try:
-        return "ok", run_check(bench)
+        return "ok", run_check(bench), None
     except Skipped as found:
-        return "skipped", str(found)
+        return "skipped", str(found), None
     except Failed as found:
-        return "FAIL", str(found)
+        return "FAIL", str(found), None
     except Exception as error:  # a plugin may raise anything; the other checks go on
-        return "FAIL", _one_line(error, inspect.getsourcefile(type(bench.method)) or "")
+        return "FAIL", _one_line(error, inspect.getsourcefile(type(bench.method)) or ""), error
 
 
 def _exception(bench: Bench, name: str) -> str:
     """Why META excepts the method, with its options, from a check; "" where it does not."""
     options = bench.method.options.model_dump()
-    for key, reason in _exceptions(bench.meta).items():
-        excepted, _, condition = key.partition(" if ")
-        option, _, value = condition.partition("=")
-        if excepted == name and (not option or str(options.get(option)) == value):
-            return str(reason)
+    stated = bench.meta.get("exceptions")
+    for key, reason in stated.items() if isinstance(stated, dict) else ():
+        excepted, condition, option, value = _parts(key)
+        holds = not condition or (option in options and str(options[option]) == value)
+        if excepted == name and name in _excusable() and holds:
+            return str(reason or "")
     return ""
 
 
-def _exceptions(stated: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = stated.get("exceptions", {})
-    return found if isinstance(found, dict) else {"": ""}  # what is no mapping, names no check
+def _parts(key: object) -> tuple[str, str, str, str]:
+    """`CHECK if OPTION=VALUE` -> (CHECK, `OPTION=VALUE`, OPTION, VALUE)."""
+    name, _, condition = str(key).partition(" if ")
+    option, _, value = condition.partition("=")
+    return name, condition, option, value
+
+
+def _excusable() -> list[str]:
+    return [name for group in EXCUSABLE for name in CHECKS[group]]
+
+
+def _noted(crash: Exception | None, text: str) -> str:
+    """The failure, behind what `Watched` notes of the rows that the method crashed on."""
+    return ": ".join([*getattr(crash, "__notes__", []), text])
 
 
 def _one_line(error: Exception, file: str) -> str:

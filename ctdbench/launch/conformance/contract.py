@@ -52,12 +52,18 @@ def counts(bench: Bench) -> str:
     called = bench.outcome.called
     told = _told(bench, called.block)
     if told is not None:
-        _same_counts(told, called.terms, "in advance")
+        _same_counts(told, called.terms, f"in {_teller(bench)}")
     drawn = make_case(bench.pair, documents(), bench.needs, seed=1)
     other = bench.evaluate(replace(bench.case, student=drawn.student)).called.terms
-    _same_counts({name: term.count for name, term in other.items()}, called.terms, "elsewhere")
+    found = {name: term.count for name, term in other.items()}
+    other_logits = "with other student logits; a count must not depend on them"
+    _same_counts(found, called.terms, other_logits)
     known = "known" if told is not None else "none told; the harness asks terms() on zeros, known"
     return f"{known} without the student's logits"
+
+
+def _teller(bench: Bench) -> str:
+    return "totals()" if bench.needs.kind == "scalars" else "counts()"
 
 
 def _told(bench: Bench, block: Block) -> Mapping[str, Tensor] | None:
@@ -86,7 +92,8 @@ def _same_counts(told: Mapping[str, Tensor], found: Mapping[str, Term], when: st
         said = float(told[name]) if name in told else None
         counted = float(found[name].count) if name in found else None
         if said is None or counted is None or abs(said - counted) > TOLERANCE * (1 + abs(counted)):
-            raise Failed(f"{name} counts {counted} in terms(), {said} {when}")
+            one, other = ("nothing" if n is None else f"{n:g}" for n in (counted, said))
+            raise Failed(f"{name} counts {one} in terms(), {other} {when}")
 
 
 def weights(bench: Bench) -> str:
@@ -107,7 +114,9 @@ def teacher(bench: Bench) -> str:
     """No gradient reaches the teacher."""
     for name, gradient in bench.outcome.teacher.items():
         if gradient.abs().max() > 0:
-            raise Failed(f"a gradient reaches the teacher's {name}; detach them")
+            read = "scores()" if name == "logits" else name
+            cure = f"use block.taught().{read}.detach()"
+            raise Failed(f"a gradient reaches the teacher's {name}; {cure}")
     return "no gradient reaches it"
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ctdbench.launch.conformance.cases import picked
-from ctdbench.method import Block, Method, Needs, PairInfo, Rows, Term, Trainable
+from ctdbench.method import (
+    Block,
+    Method,
+    Needs,
+    PairInfo,
+    PairTables,
+    Rows,
+    SideName,
+    Term,
+    Trainable,
+)
 
 
 class Failed(Exception):
@@ -54,14 +65,39 @@ class Watched:
         return {name: Trainable(module) for name, module in self.given.items()}
 
     def prepare(self, teacher: Rows) -> Tensor:
-        return self.method.prepare(teacher if self.real is None else picked(teacher, self.real))
+        rows = teacher if self.real is None else picked(teacher, self.real)
+        with _naming_empty(teacher=rows):
+            return self.method.prepare(rows)
+
+    def scalars(
+        self, rows: Rows, side: SideName, pair: PairTables, modules: Mapping[str, nn.Module]
+    ) -> Tensor:
+        with _naming_empty(**{side: rows}):
+            return self.method.scalars(rows, side, pair, modules)
+
+    def counts(self, block: Block) -> Mapping[str, Tensor] | None:
+        with _naming_empty(student=block.student, teacher=block.teacher):
+            return self.method.counts(block)
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         if not self.needs.teacher_logits:
             block = replace(block, teacher=None)
         self.block = block
-        self.returned = self.method.terms(block, modules)
+        with _naming_empty(student=block.student, teacher=block.teacher):
+            self.returned = self.method.terms(block, modules)
         for name, term in self.returned.items():
             if not (isinstance(name, str) and isinstance(term, Term)):
                 raise Failed(f"terms() gives {type(term).__name__} for {name!r}, and not a Term")
         return self.returned
+
+
+@contextmanager
+def _naming_empty(**sides: Rows | None) -> Iterator[None]:
+    """What is raised within gets a note of the side that has no rows."""
+    try:
+        yield
+    except Exception as error:
+        empty = [name for name, rows in sides.items() if rows is not None and not len(rows.token)]
+        if empty:
+            error.add_note(f"with no rows on the {' and the '.join(empty)}'s side")
+        raise
