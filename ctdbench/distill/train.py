@@ -46,8 +46,9 @@ class Progress:
 class TrainReport:
     """What training cost, over all processes; times are of this process.
 
-    skipped, generated: documents by reason and by kind. setup: what followed from the settings and
-    the models (`setting.record`).
+    skipped, generated: documents by reason and by kind. prepare_seconds: before the first step, the
+    teacher's writing included unless its text was in the cache. setup: what followed from the
+    settings and the models (`setting.record`).
     """
 
     steps: int
@@ -59,6 +60,7 @@ class TrainReport:
     peak_memory_bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
     generated: dict[str, int] = field(default_factory=dict)
+    prepare_seconds: float = 0.0
     setup: dict[str, Any] = field(default_factory=dict)
 
 
@@ -75,7 +77,7 @@ def train(
     Raises UserError if the corpus is too small or leaves no usable document, RunError if the loss
     or its gradient stops being finite.
     """
-    teachers = setting.teachers
+    teachers, started = setting.teachers, time.monotonic()
     examples, skipped = training_examples(
         spec,
         setting.corpus,
@@ -85,6 +87,7 @@ def train(
         accelerator,
         progress=progress and accelerator.is_main_process,
     )
+    prepared = time.monotonic()
     batches = list(_global_batches(examples, spec.train.batch_documents))
     network, optimizer = build_network(spec, setting)
     network.to(accelerator.device).eval()  # no dropout: a resumed run ends in the same numbers
@@ -106,6 +109,7 @@ def train(
     loop.run(batches, progress=progress and accelerator.is_main_process)
     sample = [batch for example in examples[:8] for batch in loop.batches([example])]
     report = _report(done, setting, network, skipped)
+    report = replace(report, prepare_seconds=prepared - started)
     return network, replace(report, setup=record(spec, setting, sample, accelerator.device))
 
 
