@@ -196,6 +196,12 @@ def test_terminal_tables_fit_and_show_every_task(wide: list[Table]) -> None:
     assert "55.0 +35.0 50%" in text
 
 
+def test_a_share_just_below_nothing_has_no_sign() -> None:
+    text = report.render([only([example("bld", bpb(1.4008)), *baselines()])], "terminal")
+    line = next(li for li in text.splitlines() if li.startswith("bld"))
+    assert line.split() == ["bld", "1.401", "+0.001", "0%"]
+
+
 def test_markdown_has_errors_and_a_cell_a_column(wide: list[Table]) -> None:
     lines = [li for li in report.render(wide, "markdown").splitlines() if li.startswith("|")]
     assert {line.count("|") for line in lines} == {11}

@@ -97,7 +97,8 @@ def _number(value: float | None, column: Column, *, sign: str = "") -> str:
 
 
 def _share(score: Score) -> str:
-    return ABSENT if score.share is None else f"{score.share:.0%}"
+    # Adding 0.0 makes the -0.0 of a share just below nothing a plain 0.
+    return ABSENT if score.share is None else f"{round(score.share, 2) + 0.0:.0%}"
 
 
 def _metric(column: Column) -> str:
