@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ctdbench import __version__, registry, request
+from ctdbench.cache import cache_dir
 from ctdbench.distill import references
 from ctdbench.errors import PreflightError
 
@@ -95,6 +96,6 @@ def _hub() -> str:
 
 
 def _cache() -> str:
-    folder = references.cache_dir()
+    folder = cache_dir()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     return f"{folder}, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"

@@ -66,9 +66,14 @@ class Frozen(BaseModel):
         kept: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             if is_identity(field):
-                value = getattr(self, name)
-                kept[name] = value.identity() if isinstance(value, Frozen) else value
+                kept[name] = _identity(getattr(self, name))
         return kept
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_identity(part) for part in value]
+    return value.identity() if isinstance(value, Frozen) else value
 
 
 class Lora(Frozen):
@@ -235,7 +240,7 @@ class RunSpec(Frozen):
         content: hashes of what the names stand for (corpus, model files, task data, method code).
         """
         body = {"version": IDENTITY_VERSION, "spec": self.identity(), "content": dict(content)}
-        encoded = json.dumps(body, sort_keys=True, ensure_ascii=False, default=str).encode()
+        encoded = json.dumps(body, sort_keys=True, ensure_ascii=False).encode()
         return hashlib.sha256(encoded).hexdigest()[:16]
 
 

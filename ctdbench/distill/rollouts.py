@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ctdbench.distill import models, references
+from ctdbench.cache import cache_dir
+from ctdbench.distill import models
 from ctdbench.distill.corpus import Document, Segment, cut
 from ctdbench.distill.decoding import Decoding, uniforms, write_tokens, writing
 from ctdbench.distill.examples import Template, render
@@ -131,7 +132,7 @@ def text_folder(
         "precision": precision,
         "decoding": drawn,
     }
-    folder = references.cache_dir() / "generated" / _digest(settings)
+    folder = cache_dir() / "generated" / _digest(settings)
     if not (folder / "settings.json").is_file():
         write_json_atomic(folder / "settings.json", settings)
     return folder

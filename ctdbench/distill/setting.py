@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from ctdbench.distill import models, references, rollouts
+from ctdbench.cache import cache_dir
+from ctdbench.distill import models, rollouts
 from ctdbench.distill.batches import Batch
 from ctdbench.distill.corpus import Corpus
 from ctdbench.distill.models import Side
@@ -93,7 +94,7 @@ def cached_edit_map(
     named = [[token.hex() for token in side] for side in (queries, others)]
     content = json.dumps([EDIT_MAP_VERSION, *named, [list(pair) for pair in special_pairs]])
     key = hashlib.sha256(content.encode()).hexdigest()
-    path = references.cache_dir() / "edit_maps" / f"{key}.safetensors"
+    path = cache_dir() / "edit_maps" / f"{key}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")

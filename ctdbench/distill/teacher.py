@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctdbench import ops
-from ctdbench.distill import models, references
+from ctdbench.cache import cache_dir
+from ctdbench.distill import models
 from ctdbench.distill.batches import Batch, SideBatch
 from ctdbench.distill.byte_beam import beam_distributions
 from ctdbench.distill.models import Side
@@ -93,7 +94,7 @@ class Teacher:
     def _beam(self, text: bytes) -> Tensor:
         """The paper's beam for one document, computed once and cached by content."""
         key = hashlib.sha256(b"\0".join([b"beam-1", self.identity.encode(), text])).hexdigest()
-        path = references.cache_dir() / "beam" / f"{key}.safetensors"
+        path = cache_dir() / "beam" / f"{key}.safetensors"
         if path.is_file():
             return load_file(path)["bytes"]
         bos = self.side.specials.bos

@@ -58,6 +58,7 @@ class TrainReport:
     train_seconds: float
     flops: float
     peak_memory_bytes: int
+    processes: int = 1
     skipped: dict[str, int] = field(default_factory=dict)
     generated: dict[str, int] = field(default_factory=dict)
     prepare_seconds: float = 0.0
@@ -109,7 +110,9 @@ def train(
     loop.run(batches, progress=progress and accelerator.is_main_process)
     sample = [batch for example in examples[:8] for batch in loop.batches([example])]
     report = _report(done, setting, network, skipped)
-    report = replace(report, prepare_seconds=prepared - started)
+    report = replace(
+        report, prepare_seconds=prepared - started, processes=accelerator.num_processes
+    )
     return network, replace(report, setup=record(spec, setting, sample, accelerator.device))
 
 

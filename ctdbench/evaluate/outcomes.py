@@ -1,8 +1,9 @@
 """From per-sample outcomes to a score: always their weighted mean, so that pairing is never lost.
 
-One row a document: "id", "weight", the metrics, and "output" where text was generated; "subset" in
-a group. Weights are 1 for items, bytes for documents, and in a group 1 / (subsets * items of the
-subset), which makes the mean over all rows the macro-average over subsets.
+One row a document: "id", "weight", the metrics, and "output" where text was generated, "chance"
+where an answer was chosen; "subset" in a group. Weights are 1 for items, bytes for documents, and
+in a group 1 / (subsets * items of the subset), which makes the mean over all rows the
+macro-average over subsets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-NOT_METRICS = frozenset({"id", "weight", "subset", "output"})
+NOT_METRICS = frozenset({"id", "weight", "subset", "output", "chance"})
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
@@ -89,12 +90,20 @@ def collect(samples: Sequence[Mapping[str, Any]], byte_weighted: bool) -> list[R
             ]
             row["id"] = sample_id(sample["doc_id"], shown, sample["target"])
             row["weight"] = float(len(shown[0][0].encode())) if byte_weighted else 1.0
+            if "acc" in sample["metrics"]:
+                row["chance"] = _chance(sample)
         suffix = f",{sample['filter']}" if len(filters) > 1 else ""
         row |= {name + suffix: _number(sample[name]) for name in sample["metrics"]}
         generated = sample["resps"][0][0]
         if isinstance(generated, str):
             row["output"] = generated[:500]
     return list(rows.values())
+
+
+def _chance(sample: Mapping[str, Any]) -> float:
+    """How often a guesser is right: several answers can be."""
+    target = sample["target"]
+    return (len(target) if isinstance(target, list) else 1) / len(sample["resps"])
 
 
 def _number(value: Any) -> float:
