@@ -126,7 +126,7 @@ class TestGroups:
                     "passage": None,
                     "question": f"{name}第{item}题",
                     "options": ["(A)甲", "(B)乙乙", "(C)丙丁", "(D)都不对"],
-                    "label": "ABCD"[(item * 7 + number) % 4],
+                    "label": ["A", "C"] if name == "jec-qa-kd" else "ABCD"[(item * 7 + number) % 4],
                 }
                 for item in range(3 + number)
             ]
@@ -158,6 +158,13 @@ class TestGroups:
         assert len({row["id"] for row in rows}) == 20
         assert evaluation.settings["tasks"]["agi_zh"]["limit_per_subset"] == 2
         assert evaluation.settings["tasks"]["agi_zh"]["data"] == "data-dir"
+
+    def test_what_a_guesser_would_score_is_stored(self, data_dir: Path) -> None:
+        evaluation = evaluate(request(["agi_zh", "arithmetic_word"], data_dir=data_dir, limit=10))
+        chances = {row["subset"]: row["chance"] for row in evaluation.samples["agi_zh"]}
+        assert chances == {name: 0.5 if name == "jec-qa-kd" else 0.25 for name in chances}
+        assert "chance" not in evaluation.scores["agi_zh"]
+        assert not any("chance" in row for row in evaluation.samples["arithmetic_word"])
 
 
 class TestOutcomes:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
+from ctdbench.distill.growing_cache import growing_cache
 from ctdbench.distill.precision import autocast
 from ctdbench.errors import UserError
 
@@ -88,6 +89,7 @@ def write_tokens(
         input_ids=torch.tensor(rows, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         logits_processor=LogitsProcessorList([choice]),
+        past_key_values=growing_cache(model),
         generation_config=GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,

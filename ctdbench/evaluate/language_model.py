@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ctdbench.distill.growing_cache import growing_cache
 from ctdbench.errors import RunError
 
 BYTES_PER_TOKEN = 4.0  # what `max_gen_toks` in a task file counts on
@@ -110,6 +111,13 @@ class PinnedLM(HFLM):
         return super().generate_until(
             [self._with_budget(request, scale) for request in requests], disable_tqdm=disable_tqdm
         )
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """HFLM's own over a cache that copies nothing; the same tokens."""
+        cache = growing_cache(self.model)
+        return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
 
     def _budget_scale(self, contexts: Sequence[str]) -> float:
         total = sum(len(context.encode()) for context in contexts)
