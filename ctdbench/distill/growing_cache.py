@@ -34,6 +34,9 @@ def growing_cache(model: Any) -> DynamicCache | None:
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values, [B, heads, tokens, d] each: views of buffers with spare room."""
 
+    keys: Tensor
+    values: Tensor
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
