@@ -29,7 +29,10 @@ Scores = dict[str, dict[str, float | None]]
 
 
 class Cost(TypedDict, total=False):
-    """What a cell took: flops in floating-point operations, the largest resident memory."""
+    """What a cell took: flops in floating-point operations, the largest resident memory.
+
+    processes: that trained it, each on a GPU of its own or on all threads of a machine.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -41,6 +44,7 @@ class Cost(TypedDict, total=False):
     student_tokens: int
     teacher_tokens: int
     steps: int
+    processes: int
 
 
 class Result(TypedDict):
@@ -80,18 +84,31 @@ def cell_dir(store: Path, pair: str, method: str, cell_id: str) -> Path:
     return folder
 
 
-def write_json_atomic(path: Path, data: Any) -> None:
-    """Write JSON so that `path` holds all of it or what it held before, even after a power cut.
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write so that `path` holds all of it or what it held before, even after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
-    JSON has no NaN and no infinity: such numbers become null.
-    """
-    _replace(path, json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """As `write_bytes_atomic`. JSON has no NaN and no infinity: such numbers become null."""
+    text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes_atomic(path, text.encode())
 
 
 def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """As `write_json_atomic`, one line a row."""
     lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
-    _replace(path, "".join(line + "\n" for line in lines))
+    write_bytes_atomic(path, "".join(line + "\n" for line in lines).encode())
 
 
 def read_result(path: Path) -> Result:
@@ -173,20 +190,6 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

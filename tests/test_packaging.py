@@ -14,8 +14,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"ctdbench": "ctdbench", "methods": "ctdbench_methods", "tasks": "ctdbench_tasks"}
-SHIPPED = (".py", ".yaml", ".jsonl", ".gz", ".typed")
+FOLDERS = {
+    "ctdbench": "ctdbench",
+    "methods": "ctdbench_methods",
+    "tasks": "ctdbench_tasks",
+    "results/papers": "ctdbench_results/papers",
+}
+SHIPPED = (".py", ".yaml", ".jsonl", ".gz", ".typed", ".csv", ".css", ".js")
 
 
 def run_python(code: str, *, path: Path | None = None, cwd: Path | None = None) -> str:
@@ -50,8 +55,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "results/__init__.py"):
+        shutil.copy(ROOT / name, copy / name)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(copy / "dist"), str(copy)], check=True, timeout=120)
     (built,) = (copy / "dist").glob("*.whl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -349,7 +350,8 @@ def test_a_comparison_turns_around(seed: int, seeds: int, kind: str) -> None:
     values = generator.random((2, seeds, 15))
     values = values.round() if kind == "0/1" else values
     a, b = (outcomes(v, weights=weights) for v in values)
-    one, other = compare(a, b, draws=300), compare(b, a, draws=300)
+    quick = partial(statistics.bootstrap, draws=300)
+    one, other = compare(a, b, bootstrap=quick), compare(b, a, bootstrap=quick)
     assert other.difference == pytest.approx(-one.difference)
     assert (other.low, other.high) == pytest.approx((-one.high, -one.low))
     assert other.p == pytest.approx(one.p)
@@ -367,7 +369,8 @@ def test_estimates_choose_their_interval() -> None:
     assert (one.low, one.high) == statistics.wilson(bits[0])
     assert estimate(outcomes(np.zeros((3, 50)))).high > 0.05  # never right is not certainly 0
     weights, x = documents(generator, (50,))
-    ratio = estimate(outcomes(x, weights=weights), seed=4)
+    seeded = partial(statistics.bootstrap, seed=4)
+    ratio = estimate(outcomes(x, weights=weights), bootstrap=seeded)
     assert ratio.test == "bootstrap"
     assert (ratio.low, ratio.high) == statistics.bootstrap(x, Items(weights), seed=4)[:2]
     several = estimate(outcomes(bits))

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from example_results import example
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from example_results import example, store_example
 
-from ctdbench import report
+from ctdbench import report, results
 from ctdbench.errors import UserError
-from ctdbench.report import Column, Score, Table
+from ctdbench.report import Column, Score, Table, outcomes, statistics
+from ctdbench.report.pairing import Outcomes, compare, estimate
+from ctdbench.report.significance import gap_closed, holm, standings
 from ctdbench.results import Result
 
 BPB = Column("bpb_heldout", "bpb")
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CTDBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def without_samples(cells: Sequence[Result]) -> dict[Path, Result]:
+    return {Path(cell["id"]): cell for cell in cells}
 
 
 def bpb(value: float | None) -> dict[str, dict[str, float | None]]:
@@ -32,8 +40,8 @@ def baselines(start: float = 1.4, teacher: float = 1.0, **settings: Any) -> list
     ]
 
 
-def only(results: list[Result], headline: dict[str, str] | None = None) -> Table:
-    (table,) = report.comparison(results, headline)
+def only(results: Sequence[Result], headline: dict[str, str] | None = None) -> Table:
+    (table,) = report.comparison(without_samples(results), headline)
     return table
 
 
@@ -46,44 +54,6 @@ def test_rows_come_as_teacher_start_sft_then_the_others() -> None:
     assert [row.method for row in table.rows] == ["teacher", "start", "sft", "bld", "uld"]
 
 
-def test_delta_and_share_beside_the_baselines() -> None:
-    score = scores(only([example("bld", bpb(1.1)), *baselines()]))["bld"]
-    assert score.delta == pytest.approx(-0.3)
-    assert score.share == pytest.approx(0.75)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    start=st.floats(0.1, 3), teacher=st.floats(0.1, 3), own=st.floats(0.1, 3), se=st.floats(0, 0.5)
-)
-def test_no_share_of_a_gap_within_three_standard_errors(
-    start: float, teacher: float, own: float, se: float
-) -> None:
-    cells = [example("bld", bpb(own)), *baselines(start, teacher, stderr=se)]
-    score = scores(only(cells))["bld"]
-    if start - teacher > 3 * math.sqrt(2) * se:
-        assert score.share == pytest.approx((own - start) / (teacher - start))
-    else:  # also where the teacher is no better than the start
-        assert score.share is None
-    assert score.delta == pytest.approx(own - start)
-
-
-def test_a_teacher_that_is_ahead_counts_upwards_for_accuracy() -> None:
-    values = {"start": 0.5, "teacher": 0.9, "bld": 0.6}
-    cells = [example(name, {"piqa": {"acc": value}}) for name, value in values.items()]
-    share = scores(only(cells), Column("piqa", "acc"))["bld"].share
-    assert share == pytest.approx(0.25)
-
-
-def test_seeds_are_averaged_and_counted_and_do_not_shrink_the_items_error() -> None:
-    cells = [example("bld", bpb(value), seed=seed) for seed, value in enumerate((1.1, 1.2, 1.3))]
-    (row,) = only(cells).rows
-    assert row.seeds == (0, 1, 2)
-    assert row.scores[BPB].value == pytest.approx(1.2)
-    assert row.scores[BPB].stderr == pytest.approx(math.sqrt(0.01**2 + 0.1**2 / 3))
-    assert "bld (3 seeds)" in report.render([only(cells)], "terminal")
-
-
 def test_cells_that_do_not_compare_have_tables_of_their_own() -> None:
     cells = [
         example("bld", bpb(1.0)),
@@ -94,7 +64,7 @@ def test_cells_that_do_not_compare_have_tables_of_their_own() -> None:
         example("bld", bpb(1.5), batch_documents=8),
         example("bld", bpb(1.6), content={"corpus": "another text"}),
     ]
-    tables = report.comparison(cells)
+    tables = report.comparison(without_samples(cells))
     assert sorted(len(table.rows) for table in tables) == [1] * len(cells)
     assert len({scores(table)["bld"].value for table in tables}) == len(cells)
 
@@ -125,7 +95,7 @@ def test_the_newest_cell_of_a_seed_counts() -> None:
 
 def test_baselines_serve_every_budget_but_not_another_text_or_limit() -> None:
     cells = [example("bld", bpb(1.0), budget=size) for size in (60_000, 90_000)]
-    for table in report.comparison([*cells, *baselines()]):
+    for table in report.comparison(without_samples([*cells, *baselines()])):
         assert [row.method for row in table.rows] == ["teacher", "start", "bld"]
     others = [*baselines(limit=3), *baselines(corpus="gsm8k"), *baselines(pair="smol-short")]
     table = only([cells[0], *others, *baselines(content={"corpus": "b"})[:0]])
@@ -138,7 +108,8 @@ def test_baselines_serve_every_budget_but_not_another_text_or_limit() -> None:
 def test_comparable_keeps_the_cells_of_one_table() -> None:
     cell = example("bld", bpb(1.0))
     cells = [cell, example("sft", bpb(1.0)), example("sft", bpb(1.0), budget=60_000), *baselines()]
-    kept = [result["spec"]["method"] for result in report.comparable(cell, cells)]
+    found = report.comparable(cell, without_samples(cells))
+    kept = [result["spec"]["method"] for result in found.values()]
     assert kept == ["bld", "sft", "start", "teacher"]
 
 
@@ -163,8 +134,6 @@ def test_a_score_that_is_missing_is_not_invented() -> None:
     cells = [example("bld", bpb(None)), example("sft", bpb(1.1)), *baselines()]
     table = only(cells)
     assert BPB not in next(row for row in table.rows if row.method == "bld").scores
-    line = next(li for li in report.render([table], "terminal").splitlines() if li[:3] == "bld")
-    assert line.split() == ["bld", "–"]
 
 
 def test_the_headline_metric_is_the_one_asked_for() -> None:
@@ -175,47 +144,156 @@ def test_the_headline_metric_is_the_one_asked_for() -> None:
 
 
 def test_one_seed_has_no_rank() -> None:
-    assert "Rows of one seed: too few to rank." in only([example("bld", bpb(1.0))]).notes
+    assert any("takes 3 seeds" in note for note in only([example("bld", bpb(1.0))]).notes)
+
+
+# With outcomes
+
+
+def stored(
+    store: Path,
+    values: dict[str, list[np.ndarray]],
+    *,
+    task: str = "bpb_heldout",
+    metric: str = "bpb",
+) -> dict[Path, Result]:
+    """Cells of those methods, an array of outcomes for each seed; a document weighs 1."""
+    for method, seeds in values.items():
+        for seed, outcome in enumerate(seeds):
+            cell = example(method, {task: {metric: float(outcome.mean())}}, seed=seed)
+            rows = [
+                {"id": f"{i}-x", "weight": 1.0, metric: value, "chance": 0.5}
+                for i, value in enumerate(outcome.tolist())
+            ]
+            results.write_jsonl_atomic(
+                store_example(store, cell) / "samples" / f"{task}.jsonl", rows
+            )
+    return results.find(store, status=None)
+
+
+def read(found: dict[Path, Result], method: str, column: Column = BPB) -> Outcomes:
+    cells = [cell for cell in found.values() if cell["spec"]["method"] == method]
+    own = outcomes.Samples(found).outcomes(cells, column.task, column.metric)
+    assert own is not None
+    return own
 
 
 @pytest.fixture
-def wide() -> list[Table]:
-    tasks = [f"task_number_{i}" for i in range(9)]
-    values = {"start": 0.2, "teacher": 0.9, "sft": 0.5, "bld": 0.55}
-    return report.comparison(
-        example(name, {task: {"acc": value} for task in tasks}) for name, value in values.items()
+def found(tmp_path: Path) -> dict[Path, Result]:
+    random = np.random.default_rng(0)
+    document = random.normal(1, 0.2, 40)
+    levels = {"start": 0.5, "teacher": 0.0, "sft": 0.3, "bld": 0.2, "uld": 0.205, "h-kl": 0.25}
+    seeds = {"start": 1, "teacher": 1, "h-kl": 1}
+    return stored(
+        tmp_path / "runs",
+        {
+            name: [
+                document + level + random.normal(0, 0.01) + random.normal(0, 0.02, 40)
+                for _ in range(seeds.get(name, 3))
+            ]
+            for name, level in levels.items()
+        },
     )
 
 
-def test_terminal_tables_fit_and_show_every_task(wide: list[Table]) -> None:
-    text = report.render(wide, "terminal")
-    assert max(map(len, text.splitlines())) <= 118
-    assert all(f"task_number_{i}" in text for i in range(9))
-    assert text.count("\nbld ") >= 2
-    assert "acc % ↑" in text
-    assert "55.0 +35.0 50%" in text
+def test_numbers_are_those_of_the_statistics(found: dict[Path, Result]) -> None:
+    (table,) = report.comparison(found)
+    bld, sft, start, teacher = (read(found, name) for name in ("bld", "sft", "start", "teacher"))
+    score, own = scores(table)["bld"], estimate(bld)
+    assert (score.value, score.low, score.high) == (pytest.approx(own.value), own.low, own.high)
+    test = compare(bld, sft)
+    assert score.delta is not None
+    assert (score.delta.value, score.delta.low) == pytest.approx((test.difference, test.low))
+    assert score.share == gap_closed(bld, start, teacher, lower_is_better=True)
+    assert start.seeds == ()
+    assert sorted(bld.seeds) == [0, 1, 2]
 
 
-def test_a_share_just_below_nothing_has_no_sign() -> None:
-    text = report.render([only([example("bld", bpb(1.4008)), *baselines()])], "terminal")
-    line = next(li for li in text.splitlines() if li.startswith("bld"))
-    assert line.split() == ["bld", "1.401", "+0.001", "0%"]
+def test_ranks_and_bold_are_the_standing(found: dict[Path, Result]) -> None:
+    (table,) = report.comparison(found)
+    named = {row.label: row.scores[BPB].rank for row in table.rows}
+    rows = {"sft (seqkd)": "sft", "bld": "bld", "uld": "uld"}
+    trained = {label: read(found, method) for label, method in rows.items()}
+    (standing,) = standings({BPB: trained}, lambda column: True).values()
+    assert standing.groups == (("bld", "uld"), ("sft (seqkd)",))
+    assert named == {
+        **dict.fromkeys(("teacher", "start", "h-kl")),
+        **{label: standing.rank(label) for label in trained},
+    }
+    assert [row.label for row in table.rows if row.scores[BPB].best] == ["bld", "uld"]
+    assert any(note.startswith("Not ranked: h-kl") for note in table.notes)
 
 
-def test_markdown_has_errors_and_a_cell_a_column(wide: list[Table]) -> None:
-    lines = [li for li in report.render(wide, "markdown").splitlines() if li.startswith("|")]
-    assert {line.count("|") for line in lines} == {11}
-    assert "55.0 ± 1.0 (+35.0, 50%)" in lines[-1]
+def test_differences_are_from_sft_and_adjusted_for_the_table(found: dict[Path, Result]) -> None:
+    (table,) = report.comparison(found)
+    assert table.reference == "sft (seqkd)"
+    deltas = {label: score.delta for label, score in scores(table).items() if score.delta}
+    assert set(deltas) == {"bld", "uld", "h-kl"}
+    plain = {name: compare(read(found, name), read(found, "sft")).p for name in deltas}
+    adjusted = dict(zip(plain, holm(list(plain.values())), strict=True))
+    assert {name: delta.p for name, delta in deltas.items()} == pytest.approx(adjusted)
+    assert adjusted["h-kl"] > plain["h-kl"] or adjusted["bld"] > plain["bld"]
+    assert deltas["bld"].claimed
+    assert deltas["uld"].claimed
+    assert not deltas["h-kl"].claimed  # one seed says nothing of the method
 
 
-def test_csv_and_json_hold_the_same_numbers(wide: list[Table]) -> None:
-    rows = list(csv.DictReader(io.StringIO(report.render(wide, "csv"))))
-    (table,) = json.loads(report.render(wide, "json"))
-    assert len(rows) == len(table["scores"]) == 4 * 9
-    assert [float(row["value"]) for row in rows] == [row["value"] for row in table["scores"]]
-    assert table["setting"]["limit"] == 24
+def test_without_sft_differences_are_from_the_start(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    found = stored(tmp_path / "runs", {n: [random.normal(1, 1, 9)] for n in ("start", "bld")})
+    (table,) = report.comparison(found)
+    assert table.reference == "start"
+    test = compare(read(found, "bld"), read(found, "start"))
+    delta = scores(table)["bld"].delta
+    assert delta is not None
+    assert delta.value == pytest.approx(test.difference)
 
 
-def test_an_unknown_format_is_a_bad_request() -> None:
-    with pytest.raises(UserError, match="did you mean markdown"):
-        report.render([], "markdwon")
+def test_a_guesser_is_at_the_floor_and_a_better_model_is_not(tmp_path: Path) -> None:
+    right = {"sft": [1.0] * 26 + [0.0] * 24, "bld": [1.0] * 40 + [0.0] * 10}
+    answers = {name: [np.array(values)] for name, values in right.items()}
+    found = stored(tmp_path / "runs", answers, task="piqa", metric="acc")
+    (table,) = report.comparison(found)
+    piqa = scores(table, Column("piqa", "acc"))
+    assert piqa["sft (seqkd)"].floor
+    assert not piqa["bld"].floor
+
+
+def test_a_bootstrap_is_computed_once(
+    found: dict[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = report.comparison(found)
+    monkeypatch.setattr(statistics, "bootstrap", None)  # it would fail if it were called
+    assert report.comparison(found) == first
+
+
+def test_samples_that_cannot_be_read_are_named(found: dict[Path, Result]) -> None:
+    path = next(iter(found)) / "samples" / "bpb_heldout.jsonl"
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"bpb_heldout\.jsonl is no list of samples"):
+        report.comparison(found)
+
+
+def test_a_row_without_samples_has_its_score_and_no_more(found: dict[Path, Result]) -> None:
+    folder = next(f for f, cell in found.items() if cell["spec"]["method"] == "bld")
+    (folder / "samples" / "bpb_heldout.jsonl").unlink()
+    score = scores(report.comparison(found)[0])["bld"]
+    assert score == Score(score.value, delta=score.delta)
+    assert score.delta is not None
+    assert score.delta.low is None
+    assert not score.delta.claimed
+
+
+def test_cost_is_of_all_cores_and_a_mean_over_seeds() -> None:
+    cells = [example("bld", bpb(1.0), seed=seed) for seed in range(2)]
+    for seconds, cell in zip((100.0, 200.0), cells, strict=True):
+        cell["cost"] |= {"train_seconds": seconds, "processes": 2}
+        cell["provenance"]["hardware"] = {"threads": 4, "gpus": []}
+    (row,) = only(cells).rows
+    assert row.cost is not None
+    assert (row.cost.device, row.cost.device_seconds) == ("CPU", 150 * 2 * 4)
+    for cell in cells:
+        cell["provenance"]["hardware"]["gpus"] = ["one", "two", "three"]
+    (row,) = only(cells).rows
+    assert row.cost is not None
+    assert (row.cost.device, row.cost.device_seconds) == ("GPU", 150 * 2)

@@ -1,9 +1,10 @@
-"""Reports: finished cells as tables. Nothing here imports torch."""
+"""Reports: finished cells as tables, figures and a page. Nothing here imports torch."""
 
 from __future__ import annotations
 
+from ctdbench.report.comparison import comparison
 from ctdbench.report.formats import FORMATS, render
 from ctdbench.report.grouping import comparable
-from ctdbench.report.tables import Column, Row, Score, Table, comparison
+from ctdbench.report.tables import Column, Row, Score, Table
 
 __all__ = ["FORMATS", "Column", "Row", "Score", "Table", "comparable", "comparison", "render"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -28,10 +29,14 @@ def group_key(result: Result) -> str:
     return _key(setting(result), _content(result))
 
 
-def comparable(result: Result, others: Iterable[Result]) -> list[Result]:
-    """Of the others those that share a table with this cell, its baselines included."""
+def comparable(result: Result, found: Mapping[Path, Result]) -> dict[Path, Result]:
+    """Of those found the ones that share a table with this cell, its baselines included."""
     key = group_key(result)
-    return [o for o in others if is_baseline_of(o, result) or group_key(o) == key]
+    return {
+        folder: other
+        for folder, other in found.items()
+        if is_baseline_of(other, result) or group_key(other) == key
+    }
 
 
 def is_baseline(result: Result) -> bool:
@@ -68,7 +73,7 @@ def evaluation_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
-    """Cells by row label, one a seed (the last given); they come oldest first.
+    """Cells by row label, by seed, one a seed (the last given); they come oldest first.
 
     A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
     settings that are not the default, and the options in which rows of the method differ.
@@ -84,7 +89,7 @@ def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
         differing = [name for name in names if len({_key(o.get(name)) for o in options}) > 1]
         for chosen, by_seed in zip(options, kin.values(), strict=True):
             told = "".join(f" {name}={chosen.get(name)}" for name in differing)
-            labelled[label + told] = list(by_seed.values())
+            labelled[label + told] = [by_seed[seed] for seed in sorted(by_seed)]
     return labelled
 
 

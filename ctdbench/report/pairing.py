@@ -6,7 +6,7 @@ test, which knows no seeds, is never used).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from ctdbench.errors import UserError
 from ctdbench.report import statistics
-from ctdbench.report.statistics import Array, Items, Variance
+from ctdbench.report.statistics import Array, Interval, Items, Variance
+
+Bootstrap = Callable[[Array, Items], Interval]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +122,11 @@ def pair_outcomes(a: Outcomes, b: Outcomes) -> tuple[Outcomes, Outcomes]:
     return _on_seeds_of(a, _on_documents_of(a, b))
 
 
-def compare(
-    a: Outcomes, b: Outcomes, *, draws: int = statistics.DRAWS, seed: int = 0
-) -> Comparison:
+def compare(a: Outcomes, b: Outcomes, *, bootstrap: Bootstrap = statistics.bootstrap) -> Comparison:
     """Score of `a` minus score of `b`, tested as their seeds and outcomes allow.
 
     One seed: exact McNemar for outcomes that are 0 or 1 and count alike, else the bootstrap over
-    documents (`draws`, `seed`). Several: Student's t with seeds - 1 degrees of freedom for what
+    documents. Several: Student's t with seeds - 1 degrees of freedom for what
     seeds do (Welch's where the two have seeds of their own) and documents - 1 for what documents
     do (`statistics.Variance.half_width`).
     """
@@ -144,17 +144,17 @@ def compare(
         interval, test = (low, high, statistics.mcnemar(left, right)), "exact McNemar"
     else:
         change = a.values[0] - b.values[0]
-        interval, test = statistics.bootstrap(change, a.items, draws, seed), "paired bootstrap"
+        interval, test = bootstrap(change, a.items), "paired bootstrap"
     seeds = min((len(side.seeds) for side in (a, b) if side.seeds), default=0)
     return Comparison(difference, *interval, seeds, len(a.ids), test)
 
 
-def estimate(a: Outcomes, *, draws: int = statistics.DRAWS, seed: int = 0) -> Estimate:
+def estimate(a: Outcomes, *, bootstrap: Bootstrap = statistics.bootstrap) -> Estimate:
     """The model's own score: Wilson's interval or the bootstrap for one seed, else as `compare`."""
     if a.is_choice and (len(a.values) == 1 or np.ptp(a.values) == 0):
         (low, high), test = statistics.wilson(a.values[0]), "Wilson"
     elif len(a.values) == 1:
-        low, high, _ = statistics.bootstrap(a.values[0], a.items, draws, seed)
+        low, high, _ = bootstrap(a.values[0], a.items)
         test = "bootstrap"
     else:
         variance = statistics.two_way([a.values], a.items)

@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 
 ALPHA = 0.05
 DRAWS = 10_000
+BOOTSTRAP_VERSION = 1  # raised when `bootstrap` gives other numbers
 SMALLEST_P = 1e-16
 _CHUNK = 2_000_000  # resampled documents held at once
 _LEAST_ERROR = 0.2  # of the observed one: few documents differ, and a draw may hold none of them

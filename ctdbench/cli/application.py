@@ -1,0 +1,85 @@
+"""The application, its errors on one line, and the options that several commands take."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ctdbench.errors import UserError
+
+DEFAULT_STORE = Path("runs")
+
+
+class _OneLineErrors(TyperGroup):
+    """Shows every error as one line on stderr; with --debug its traceback, too."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> None:
+        arguments = sys.argv[1:] if args is None else list(args)
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(arguments, *rest, **extra)
+        except Exception as error:
+            if "--debug" in arguments:
+                traceback.print_exc()
+            line, code = _describe(error)
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(code)
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """One line and the exit code: 2 for a bad request, 3 for a failed preflight, else 1."""
+    if isinstance(error, UserError):
+        line = str(error)
+    elif hasattr(error, "format_message"):  # the command line itself is at fault
+        context = getattr(error, "ctx", None)
+        line = error.format_message() + (f" See {context.command_path} --help" if context else "")
+    else:
+        line = f"{type(error).__name__}: {error} (--debug shows where)"
+    return " ".join(line.split()), getattr(error, "exit_code", 1)
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Cross-tokenizer distillation: many methods, one harness, one evaluation, honest tables.",
+)
+
+
+Store = Annotated[Path, typer.Option(help="Folder of finished cells.")]
+Pair = Annotated[str | None, typer.Option(help="A pair's name (ctdbench list pairs) or YAML file.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Python file with your own method."),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' data; without it: the hub.")]
+
+
+@app.callback(invoke_without_command=True)
+def main_help(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        from ctdbench import __version__
+
+        typer.echo(f"ctdbench {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def headline() -> dict[str, str]:
+    """The metric to show of every task."""
+    from ctdbench.evaluate import available_tasks
+
+    return {info.name: info.metric for info in available_tasks()}

@@ -1,0 +1,148 @@
+"""Commands that compute cells, and what is done with finished ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ctdbench.cli.application import (
+    DEFAULT_STORE,
+    DataDir,
+    Debug,
+    Pair,
+    Plugins,
+    Store,
+    app,
+    headline,
+)
+
+
+@app.command()
+def run(
+    method: Annotated[str | None, typer.Option(help="A method's name (ctdbench list).")] = None,
+    pair: Pair = None,
+    seed: Annotated[int | None, typer.Option(help="Of data order and new weights.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Text to train on, in bytes: 200kB, 1.5MB.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Task names, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many items a task.")] = None,
+    data_dir: DataDir = None,
+    store: Store = DEFAULT_STORE,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with method, pair, seed, options, train, eval.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Sections: train, method, eval."),
+    ] = None,
+    plugin: Plugins = None,
+    block_rows: Annotated[
+        int | None, typer.Option(help="Rows whose logits exist at a time; less memory, same loss.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python that comes with a hub model.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train and evaluate one cell.
+
+    Shows it beside the baselines. The same command again resumes, or says that it is done.
+    """
+    from ctdbench import registry, request
+
+    for path in plugin or []:
+        registry.add_plugin(path)
+    flags = {
+        "method": method,
+        "pair": pair,
+        "seed": seed,
+        "train": {"budget": budget, "block_rows": block_rows},
+        "eval": {
+            "tasks": tasks and tuple(name.strip() for name in tasks.split(",")),
+            "limit": limit,
+            "data_dir": data_dir and str(data_dir),
+        },
+    }
+    spec = request.build_spec(flags, config, settings or [], trust_remote_code=trust_remote_code)
+    request.preflight(spec)
+    spec = request.resolve_options(spec)
+    from ctdbench.launch.cell import run_cell
+
+    folder = Path(spec.eval.data_dir) if spec.eval.data_dir else None
+    result = run_cell(spec, store, data_dir=folder)
+    if result["was_done"]:
+        typer.echo("This cell was done already; nothing was computed.", err=True)
+    _show_beside(result, store)
+
+
+def _show_beside(result: Any, store: Path) -> None:
+    from ctdbench import report, results
+
+    known = results.find(store, pair=result["spec"]["pair"]["name"], status=None)
+    tables = report.comparison(report.comparable(result, known), headline())
+    typer.echo(report.render(tables, "terminal"), nl=False)
+
+
+@app.command()
+def reproduce(
+    table: Annotated[
+        str, typer.Argument(help="bld-table1, bld-table2, ... (a wrong one lists them).")
+    ],
+    scale: Annotated[
+        Literal["paper", "cpu"],
+        typer.Option(help="The paper's models, or its design on a small pair."),
+    ] = "paper",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Text to train on, in bytes; default: the paper's, cpu: 200kB."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many items a task.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,
+    corpus: Annotated[
+        str | None, typer.Option(help="Text, such as jsonl:PATH; needed at the paper's scale.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with tasks' data; without it: the hub, cpu: embedded."),
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show cells and settings only.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a published table here and show it beside the paper's numbers."""
+    from ctdbench import recipes, request
+    from ctdbench.launch import reproduce as launcher
+    from ctdbench.launch.table_plan import Ask, plan
+    from ctdbench.report.reproduction_text import render
+
+    size = request.bytes_of(budget, "--budget") if budget else None
+    planned = plan(recipes.load(table), Ask(scale, size, limit, seeds, corpus, data_dir))
+    if dry_run:
+        planned = planned.resolved(request.resolve_options)
+        typer.echo(launcher.describe(planned, store, request.preflight), nl=False)
+        return
+    launcher.preflight(planned, request.preflight)
+    planned = planned.resolved(request.resolve_options)
+    outcomes = launcher.run(planned, store, lambda line: typer.echo(line, err=True))
+    typer.echo(render(launcher.compare(planned, outcomes, store)), nl=False)
+    if any(isinstance(outcome, str) for outcome in outcomes.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def publish(
+    cell: Annotated[str, typer.Argument(help="A cell's id, or how it begins.")],
+    store: Store = DEFAULT_STORE,
+    to: Annotated[Path, typer.Option(help="Folder of published cells.")] = Path("results"),
+    debug: Debug = False,
+) -> None:
+    """Copy a checked cell and its baselines to where they are committed."""
+    from ctdbench.launch.publish import publish as copy
+
+    for folder in copy(store, cell, to):
+        typer.echo(folder)

@@ -1,0 +1,81 @@
+"""Commands that show: what there is, and what finished cells say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ctdbench.cli.application import DEFAULT_STORE, Debug, Store, app, headline
+from ctdbench.errors import UserError
+
+if TYPE_CHECKING:
+    from ctdbench.results import Result
+
+OnePair = Annotated[str | None, typer.Option(help="Only this pair.")]
+
+
+@app.command(name="list")
+def list_names(
+    what: Annotated[
+        Literal["methods", "pairs", "tasks", "all"], typer.Argument(help="What to list.")
+    ] = "all",
+) -> None:
+    """List methods, pairs and tasks."""
+    from ctdbench import request
+
+    if what == "methods":
+        typer.echo("\n".join(request.method_table()))
+        return
+    listed = request.listing()
+    for kind in listed if what == "all" else [what]:
+        if what == "all":
+            typer.echo(f"{kind}:")
+        width = max(map(len, listed[kind]))
+        for name, title in listed[kind].items():
+            typer.echo(f"  {name:{width}}  {title}".rstrip())
+
+
+@app.command()
+def table(
+    store: Store = DEFAULT_STORE,
+    format_name: Annotated[
+        str, typer.Option("--format", help="terminal, markdown, latex, csv, html or json.")
+    ] = "terminal",
+    pair: OnePair = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Markdown file: replace the tables between its marks.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show finished cells beside the baselines."""
+    from ctdbench import report
+    from ctdbench.report import readme
+
+    found = _found(store, pair)
+    tables = report.comparison(found, headline())
+    if into is None:
+        typer.echo(report.render(tables, format_name), nl=False)
+    else:
+        readme.insert(into, report.render(tables, "markdown"))
+
+
+def _found(store: Path, pair: str | None) -> dict[Path, Result]:
+    """All cells, those that failed too; raises UserError where there are none."""
+    from ctdbench import results
+
+    found = results.find(store, pair=pair, status=None)
+    if not found:
+        of_pair = f" of pair {pair}" if pair else ""
+        raise UserError(f"no results{of_pair} in {store}", "ctdbench run makes some")
+    return found
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has for a run."""
+    from ctdbench.doctor import findings
+
+    for name, finding in findings():
+        typer.echo(f"{name:<24} {finding}")

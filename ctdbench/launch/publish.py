@@ -1,0 +1,105 @@
+"""Published cells: checked copies of a store's cells, small enough to commit.
+
+`results/` has the layout of any store, so every command reads it (`table --store results`). Samples
+are compressed there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ctdbench import results
+from ctdbench.errors import UserError
+from ctdbench.evaluate import outcomes
+from ctdbench.report import grouping
+from ctdbench.report.outcomes import Samples
+from ctdbench.results import Result
+from ctdbench.spec import RunSpec
+
+LOCAL = ("dir:", "jsonl:")  # references that mean something on one machine only
+TOLERANCE = 1e-9
+
+
+def publish(store: Path, cell: str, target: Path) -> list[Path]:
+    """Copy the cell whose id starts with `cell`, and its baselines, into `target`; their folders.
+
+    Raises UserError naming what keeps a cell from being published; then nothing is written.
+    """
+    found = results.find(store)
+    folder = _one(found, cell, store)
+    chosen = {folder: found[folder], **_baselines(found, found[folder])}
+    samples = Samples(found)
+    for path, result in chosen.items():
+        if fault := _fault(result, samples):
+            raise UserError(f"{path} cannot be published: {fault[0]}", fault[1])
+    return [_copy(path, result, target) for path, result in chosen.items()]
+
+
+def _one(found: Mapping[Path, Result], cell: str, store: Path) -> Path:
+    matching = [folder for folder, result in found.items() if result["id"].startswith(cell)]
+    if len(matching) != 1:
+        count = f"{len(matching)} finished cells" if matching else "no finished cell"
+        hint = "give the id, the name of the cell's folder"
+        raise UserError(f"{count} in {store} whose id starts with {cell!r}", hint)
+    return matching[0]
+
+
+def _baselines(found: Mapping[Path, Result], cell: Result) -> dict[Path, Result]:
+    own = {f: result for f, result in found.items() if grouping.is_baseline_of(result, cell)}
+    names = {result["spec"]["method"] for result in own.values()}
+    absent = set(results.baselines(len(cell["spec"]["pair"]["teachers"]))) - names
+    if absent and not results.is_baseline(cell["spec"]["method"]):
+        raise UserError(
+            f"cell {cell['id']}: its {' and '.join(sorted(absent))} was not evaluated",
+            "ctdbench run evaluates it again",
+        )
+    return own
+
+
+def _fault(result: Result, samples: Samples) -> tuple[str, str] | None:
+    """What is wrong with a cell and what helps."""
+    spec = RunSpec.model_validate(result["spec"])
+    text = json.dumps(spec.identity())
+    if spec.cell_id(result["content"]) != result["id"]:
+        return "its id is not the hash of its settings", "run it again with this version"
+    if local := [prefix for prefix in LOCAL if f'"{prefix}' in text]:
+        return f"a {local[0]} reference means nothing elsewhere", "use hub: or wheel: references"
+    if str(Path.home()) in json.dumps(result["provenance"]) + text + " ".join(result["notes"]):
+        return "it names a folder of this machine", "remove that path and run it again"
+    state = result["provenance"].get("git")
+    if not state or state["changed"]:
+        return "the code that made it was not committed", "commit, and run it again"
+    for task, metrics in result["scores"].items():
+        if not _agrees(samples.rows(result, task), metrics):
+            return f"samples/{task}.jsonl does not give its scores", "run it again"
+    return None
+
+
+def _agrees(rows: list[dict[str, Any]], metrics: Mapping[str, float | None]) -> bool:
+    if not rows:
+        return False
+    return all(
+        value is not None and math.isclose(outcomes.score(rows, name), value, abs_tol=TOLERANCE)
+        for name, value in metrics.items()
+    )
+
+
+def _copy(folder: Path, result: Result, target: Path) -> Path:
+    """Write a cell below `target`, its result last."""
+    spec = result["spec"]
+    copy = results.cell_dir(target, spec["pair"]["name"], spec["method"], result["id"])
+    for path in sorted((folder / "samples").glob("*.jsonl*")):
+        data = path.read_bytes()
+        name = path.name.removesuffix(".gz") + ".gz"
+        plain = gzip.decompress(data) if path.suffix == ".gz" else data
+        results.write_bytes_atomic(copy / "samples" / name, gzip.compress(plain, mtime=0))
+    if (metrics := folder / "metrics.jsonl").is_file():
+        results.write_bytes_atomic(copy / metrics.name, metrics.read_bytes())
+    public = {**result, "spec": {**spec, "eval": {**spec["eval"], "data_dir": None}}}
+    results.write_json_atomic(copy / "result.json", public)
+    return copy

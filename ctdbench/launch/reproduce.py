@@ -1,0 +1,202 @@
+"""A published table run here: its recipe as cells, one after the other, and both side by side.
+
+    plan = table_plan.plan(recipes.load("bld-table1"), Ask(scale="cpu", budget=20_000))
+    plan = plan.resolved(request.resolve_options)
+    text = render(compare(plan, run(plan, store), store))
+
+Every cell is an ordinary one: what is finished is found again, what broke off resumes. Nothing
+here imports torch before the first cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ctdbench import results
+from ctdbench.errors import UserError
+from ctdbench.launch.table_plan import Plan, PlannedRow, identity
+from ctdbench.recipes import Measure, Setting
+from ctdbench.report import grouping
+from ctdbench.report.reproduction import Ours, Reproduction, side_by_side, source_notes
+from ctdbench.results import Result
+from ctdbench.spec import RunSpec, format_bytes
+
+DONE, OPEN, NO_TEXT = "done", "to do", "not known without the text"
+
+
+def preflight(plan: Plan, check: Callable[[RunSpec], None]) -> None:
+    """Raises UserError or PreflightError, without torch, for what cannot be had.
+
+    check: for one cell (`request.preflight`).
+    """
+    _check_corpus(plan)
+    for spec in plan.by_pair.values():
+        check(spec)
+
+
+def describe(plan: Plan, store: Path, check: Callable[[RunSpec], None]) -> str:
+    """A resolved plan as text: cells, which of them are done, all settings with their source.
+
+    check: raises UserError for a cell that cannot run (`request.preflight`).
+    """
+    first = next(iter(plan.cells.values()))
+    no_text = _refusal(lambda _: _check_corpus(plan), first)
+    states = dict.fromkeys(plan.cells, NO_TEXT) if no_text else _states(plan, store, check)
+    titles = plan.titles
+    count = sum(state == DONE for state in states.values())
+    lines = [f"{plan.recipe.name} at {plan.ask.scale} scale: {plan.recipe.title}", ""]
+    lines += [f"{len(states)} cells, {count} done already:", *([no_text] if no_text else [])]
+    lines += [f"  {titles[key]}: {state}" for key, state in states.items()]
+    lines += [f"  {title}: {why}" for title, why in map(_absence, plan.rows) if why]
+    lines += ["", "Columns:", *map(_column, plan.measures), ""]
+    return "\n".join([*lines, *_settings(plan)]) + "\n"
+
+
+def run(
+    plan: Plan, store: Path, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Result | str]:
+    """Run or resume every cell; by identity its result, or why it failed.
+
+    A cell that fails does not stop the others.
+    """
+    from ctdbench.launch.cell import run_cell
+
+    outcomes: dict[str, Result | str] = {}
+    titles = plan.titles
+    for number, (key, spec) in enumerate(plan.cells.items(), 1):
+        try:
+            result: Any = run_cell(spec, store, data_dir=plan.ask.data_dir)
+            outcomes[key] = result
+            state = f"{DONE} already" if result["was_done"] else DONE
+        except Exception as error:
+            outcomes[key] = reason = _reason(error)
+            state = f"failed: {reason}"
+        say(f"[{number}/{len(titles)}] {titles[key]}: {state}")
+    return outcomes
+
+
+def compare(plan: Plan, outcomes: Mapping[str, Result | str], store: Path) -> Reproduction:
+    """The paper's numbers beside those of the outcomes and of the baselines in the store."""
+    ours = {}
+    for row in plan.rows:
+        beside = list(_results_of(row.setting, plan, outcomes))
+        base_role = plan.recipe.base_row(row.setting).baseline
+        base = _baseline(store, beside, base_role)
+        if row.row.baseline:
+            own = _baseline(store, beside, row.row.baseline)
+            why = "" if own else "no cell of its pair was finished"
+            ours[row.setting.name, row.name] = Ours((own,) if own else (), base, why)
+        else:
+            ours[row.setting.name, row.name] = _measured(row, outcomes, base)
+    return side_by_side(plan.recipe, plan.ask.scale, plan.measures, ours, _setup(plan))
+
+
+def _check_corpus(plan: Plan) -> None:
+    """The papers' own text has to be given."""
+    from ctdbench.distill import corpus
+
+    recipe, ask = plan.recipe, plan.ask
+    if ask.scale == "paper" and ask.corpus is None:
+        assert recipe.training.data is not None
+        raise UserError(
+            f"{recipe.name} trains on {recipe.training.data.value}, which ctdbench does not fetch",
+            "give that text by --corpus jsonl:PATH, or run the design with --scale cpu",
+        )
+    for name in {spec.train.corpus for spec in plan.cells.values()}:
+        corpus.require(name, ask.data_dir)
+
+
+def _states(plan: Plan, store: Path, check: Callable[[RunSpec], None]) -> dict[str, str]:
+    """Of every cell whether it is done; or why it cannot run here."""
+    from ctdbench.distill.corpus import load_corpus
+    from ctdbench.launch.cell import Cell, decontaminated
+
+    folder = plan.ask.data_dir
+    refused = {pair: _refusal(check, spec) for pair, spec in plan.by_pair.items()}
+    if all(refused.values()):
+        return {key: refused[spec.pair.name] for key, spec in plan.cells.items()}
+    first = next(iter(plan.cells.values()))  # text and tasks are the same for all
+    corpus, notes = decontaminated(load_corpus(first.train.corpus, folder), first, folder)
+    states = {}
+    for key, spec in plan.cells.items():
+        states[key] = refused[spec.pair.name]
+        if not states[key]:
+            done = results.finished(Cell(spec, store, corpus, folder, notes).folder)
+            states[key] = OPEN if done is None else DONE
+    return states
+
+
+def _refusal(check: Callable[[RunSpec], None], spec: RunSpec) -> str:
+    try:
+        check(spec)
+    except UserError as error:
+        return f"cannot run: {error}"
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+
+
+def _results_of(
+    setting: Setting, plan: Plan, outcomes: Mapping[str, Result | str]
+) -> Iterator[Result]:
+    """Finished cells of a setting's pair."""
+    pair = setting.pair_at(plan.ask.scale)
+    for outcome in outcomes.values():
+        if not isinstance(outcome, str) and outcome["spec"]["pair"]["name"] == pair:
+            yield outcome
+
+
+def _baseline(store: Path, cells: list[Result], name: str | None) -> Result | None:
+    """The newest baseline that was measured on what these cells were measured on."""
+    if not cells or name is None:
+        return None
+    found = results.find(store, pair=cells[0]["spec"]["pair"]["name"], method=name).values()
+    matching = [result for result in found if grouping.is_baseline_of(result, cells[0])]
+    return max(matching, key=lambda result: str(result["provenance"]["created"]), default=None)
+
+
+def _measured(row: PlannedRow, outcomes: Mapping[str, Result | str], base: Result | None) -> Ours:
+    found = [outcomes[key] for spec in row.specs if (key := identity(spec)) in outcomes]
+    failed = next((outcome for outcome in found if isinstance(outcome, str)), "")
+    cells = tuple(outcome for outcome in found if not isinstance(outcome, str))
+    return Ours(cells, base, row.absent or ("" if found else "not run"), failed)
+
+
+def _absence(row: PlannedRow) -> tuple[str, str]:
+    role = f"the {row.row.baseline} of its pair" if row.row.baseline else ""
+    return row.title, role or row.absent
+
+
+def _column(measure: Measure) -> str:
+    task = measure.column.task if measure.column else measure.runs.task if measure.runs else ""
+    return f"  {task}: {measure.note or 'ours alone'}"
+
+
+def _setup(plan: Plan) -> tuple[str, ...]:
+    """What was asked for, for the notes below a table."""
+    ask = plan.ask
+    spec = next(iter(plan.cells.values()), None)
+    if spec is None:
+        return ()
+    budgets = sorted({cell.train.budget for cell in plan.cells.values()})
+    text = f"{' or '.join(map(format_bytes, budgets))} of {spec.train.corpus} text"
+    pairs = ", ".join(plan.by_pair)
+    limit = f"at most {ask.limit} items a task" if ask.limit else "every item of a task"
+    return (f"Here: {pairs}; {text}; {limit}; {ask.seeds} seed{'s' * (ask.seeds > 1)}.",)
+
+
+def _settings(plan: Plan) -> list[str]:
+    lines = ["Settings of the recipe (paper: stated there; ours: not found, our choice):"]
+    trained = {row.setting.label: row.setting for row in plan.rows if row.row.method}
+    for setting in trained.values():
+        lines.append(f"  {setting.label}")
+        for source in ("paper", "ours"):
+            lines += [f"    {source:5}  {line}" for line in plan.recipe.sources(setting, source)]
+    if plan.ask.scale == "cpu":
+        lines += ["At CPU scale:", *source_notes(plan.recipe, "cpu")]
+    return [*lines, *_setup(plan)]

@@ -1,0 +1,337 @@
+"""Finished cells beside each other: one table for each group of cells that compare.
+
+`grouping` says which cells compare, `significance` what a table may claim. Cells that differ only
+by seed make one row. Tests and intervals need the cells' stored outcomes; a row without them has
+its score and nothing that would rest on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ctdbench import results
+from ctdbench.report import grouping
+from ctdbench.report.outcomes import Bootstraps, Samples
+from ctdbench.report.tables import Column, Difference, Row, RowCost, Score, Table
+from ctdbench.results import Result
+
+if TYPE_CHECKING:
+    from ctdbench.report.pairing import Comparison, Outcomes
+    from ctdbench.report.significance import Share, Standing
+
+
+def comparison(
+    found: Mapping[Path, Result], headline: Mapping[str, str] | None = None
+) -> list[Table]:
+    """Tables of all cells found, by their folders; those that failed only as notes.
+
+    headline: the metric to show of a task; by default a task's first.
+    """
+    newest_last = sorted(
+        found.values(), key=lambda result: str(result["provenance"].get("created", ""))
+    )
+    baselines = [result for result in newest_last if grouping.is_baseline(result)]
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in newest_last:
+        if not grouping.is_baseline(result):
+            groups[grouping.group_key(result)].append(result)
+    samples, bootstraps = Samples(found), Bootstraps()
+    tables = [
+        _Group(cells, baselines, headline or {}, samples, bootstraps).table()
+        for cells in groups.values()
+    ]
+    bootstraps.keep()
+    return sorted(tables, key=lambda table: table.title)
+
+
+class _Group:
+    """The cells of one table, by row and column."""
+
+    def __init__(
+        self,
+        cells: Sequence[Result],
+        baselines: Iterable[Result],
+        headline: Mapping[str, str],
+        samples: Samples,
+        bootstraps: Bootstraps,
+    ) -> None:
+        self.cells, self.samples, self.bootstraps = cells, samples, bootstraps
+        self.done = [result for result in cells if result["status"] == "done"]
+        matching = [result for result in baselines if grouping.is_baseline_of(result, cells[0])]
+        latest = {result["spec"]["method"]: result for result in matching if result["scores"]}
+        self.expected = results.baselines(len(cells[0]["spec"]["pair"]["teachers"]))
+        self.columns = _columns([*latest.values(), *self.done], headline)
+        trained = grouping.variants(self.done)
+        self.reference = _reference(trained, latest)
+        order = sorted(trained, key=lambda label: (label != self.reference, label))
+        self.rows = {name: [latest[name]] for name in self.expected if name in latest}
+        self.rows |= {label: trained[label] for label in order}
+
+    def table(self) -> Table:
+        rows = tuple(self._row(label, cells) for label, cells in self.rows.items())
+        setting = grouping.setting(self.cells[0])
+        return Table(
+            pair=setting.pop("pair")["name"],
+            setting=setting,
+            columns=self.columns,
+            rows=rows,
+            reference=self.reference,
+            standings=self.standings,
+            notes=_notes(self.cells, rows, self.expected, self.reference),
+        )
+
+    def _row(self, label: str, cells: Sequence[Result]) -> Row:
+        return Row(
+            label=label,
+            method=cells[0]["spec"]["method"],
+            seeds=tuple(cell["spec"]["seed"] for cell in cells),
+            options=cells[0]["spec"]["options"],
+            cells=tuple(cell["id"] for cell in cells),
+            scores={c: self._score(label, c) for c in self.columns if label in self.values[c]},
+            cost=None if label in self.expected else _cost(cells),
+        )
+
+    def _score(self, label: str, column: Column) -> Score:
+        """A row's score with all that the outcomes of the table allow to say of it."""
+        score = Score(self.values[column][label], delta=self.deltas.get((column, label)))
+        own = self.outcomes[column].get(label)
+        if own is None:
+            return score
+        from ctdbench.report.pairing import estimate
+
+        interval = estimate(own, bootstrap=self.bootstraps)
+        standing = self.standings.get(column)
+        return replace(
+            score,
+            low=_finite(interval.low),
+            high=_finite(interval.high),
+            share=self._share(label, column),
+            rank=standing.rank(label) if standing else None,
+            floor=self._floor(label, column),
+        )
+
+    @cached_property
+    def values(self) -> dict[Column, dict[str, float]]:
+        """Means over seeds; a row that lacks a seed's number has none."""
+        values: dict[Column, dict[str, float]] = {column: {} for column in self.columns}
+        for column in self.columns:
+            for label, cells in self.rows.items():
+                known = [cell["scores"].get(column.task, {}).get(column.metric) for cell in cells]
+                mean = _mean(known)
+                if mean is not None:
+                    values[column][label] = mean
+        return values
+
+    @cached_property
+    def outcomes(self) -> dict[Column, dict[str, Outcomes]]:
+        """By column and row, of the rows that have a score and samples."""
+        read = {
+            column: {
+                label: self.samples.outcomes(self.rows[label], column.task, column.metric)
+                for label in self.values[column]
+            }
+            for column in self.columns
+        }
+        return {
+            column: {label: o for label, o in rows.items() if o is not None}
+            for column, rows in read.items()
+        }
+
+    @cached_property
+    def standings(self) -> Mapping[Column, Standing]:
+        """By column, of the rows that were trained."""
+        from ctdbench.report import significance
+
+        trained = {
+            column: {label: o for label, o in rows.items() if label not in self.expected}
+            for column, rows in self.outcomes.items()
+        }
+        return significance.standings(trained, lambda column: column.lower_is_better)
+
+    @cached_property
+    def deltas(self) -> dict[tuple[Column, str], Difference]:
+        """From the reference, of the rows that were trained; p-values adjusted over all of them."""
+        plain = {
+            (column, label): Difference(value - values[self.reference])
+            for column, values in self.values.items()
+            for label, value in values.items()
+            if self.reference in values and label not in (self.reference, *self.expected)
+        }
+        return plain | self._tested(plain)
+
+    def _tested(
+        self, plain: Mapping[tuple[Column, str], Difference]
+    ) -> dict[tuple[Column, str], Difference]:
+        from ctdbench.report.pairing import compare
+        from ctdbench.report.significance import holm
+
+        tests = {}
+        for column, label in plain:
+            own, other = (self.outcomes[column].get(row or "") for row in (label, self.reference))
+            if own is not None and other is not None:
+                tests[column, label] = compare(own, other, bootstrap=self.bootstraps)
+        adjusted = holm([test.p for test in tests.values()]).tolist()
+        return {
+            key: _difference(test, p)
+            for (key, test), p in zip(tests.items(), adjusted, strict=True)
+        }
+
+    def _share(self, label: str, column: Column) -> Share | None:
+        from ctdbench.report.significance import gap_closed
+
+        rows = self.outcomes[column]
+        if label in self.expected or not {results.START, results.TEACHER} <= rows.keys():
+            return None
+        start, teacher = rows[results.START], rows[results.TEACHER]
+        return gap_closed(rows[label], start, teacher, lower_is_better=column.lower_is_better)
+
+    def _floor(self, label: str, column: Column) -> bool:
+        from ctdbench.report.significance import above_chance
+        from ctdbench.report.statistics import ALPHA
+
+        if not column.metric.startswith("acc"):
+            return False
+        chance = self.samples.chance(self.rows[label][0], column.task)
+        return chance is not None and above_chance(self.outcomes[column][label], chance) > ALPHA
+
+
+def _reference(trained: Mapping[str, Sequence[Result]], baselines: Iterable[str]) -> str | None:
+    """The plain `sft` row, else the first variant of it, else the start."""
+    rows = [label for label, cells in trained.items() if cells[0]["spec"]["method"] == "sft"]
+    if rows:
+        return min(rows, key=len)
+    return results.START if results.START in baselines else None
+
+
+def _columns(cells: Iterable[Result], headline: Mapping[str, str]) -> tuple[Column, ...]:
+    columns: dict[str, Column] = {}
+    for result in cells:
+        for task, metrics in result["scores"].items():
+            if metrics and task not in columns:
+                wanted = headline.get(task, "")
+                columns[task] = Column(task, wanted if wanted in metrics else next(iter(metrics)))
+    return tuple(columns.values())
+
+
+def _difference(test: Comparison, p: float) -> Difference:
+    from ctdbench.report.significance import SEEDS_TO_RANK
+    from ctdbench.report.statistics import ALPHA
+
+    claimed = p <= ALPHA and test.seeds >= SEEDS_TO_RANK
+    return Difference(test.difference, _finite(test.low), _finite(test.high), p, claimed)
+
+
+def _finite(bound: float) -> float | None:
+    """One document has no interval."""
+    return bound if math.isfinite(bound) else None
+
+
+def _cost(cells: Sequence[Result]) -> RowCost:
+    costs = [cell["cost"] for cell in cells]
+    devices = [_devices(cell) for cell in cells]
+    seconds = [cost.get("train_seconds") for cost in costs]
+    spent = [
+        None if time is None else time * number
+        for time, (_, number) in zip(seconds, devices, strict=True)
+    ]
+    return RowCost(
+        device=devices[0][0],
+        device_seconds=_mean(spent),
+        seconds=_mean(seconds),
+        peak_memory_bytes=_mean([cost.get("peak_memory_bytes") for cost in costs]),
+        text_bytes=_mean([cost.get("text_bytes") for cost in costs]),
+        student_tokens=_mean([cost.get("student_tokens") for cost in costs]),
+        teacher_tokens=_mean([cost.get("teacher_tokens") for cost in costs]),
+        flops=_mean([cost.get("flops") for cost in costs]),
+    )
+
+
+def _devices(cell: Result) -> tuple[str, int]:
+    """What a cell was trained on: GPUs, one a process, or the cores of all processes."""
+    hardware = cell["provenance"].get("hardware", {})
+    processes = cell["cost"].get("processes", 1)
+    return (
+        ("GPU", processes)
+        if hardware.get("gpus")
+        else ("CPU", processes * hardware.get("threads", 1))
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where any value is missing: a mean over fewer seeds would be of another row."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def _notes(
+    cells: Sequence[Result], rows: Sequence[Row], expected: Iterable[str], reference: str | None
+) -> tuple[str, ...]:
+    notes = list(_legend(rows, reference))
+    shown = {row.method for row in rows}
+    if absent := [name for name in expected if name not in shown]:
+        notes.append(f"No {' and no '.join(absent)} was evaluated with these settings.")
+    notes += _seeds_note(rows)
+    notes += _corpus_note(cells[0]["spec"])
+    notes += [f"{row.label}: {_options(row.options)}" for row in rows if row.options]
+    failed = [cell for cell in cells if cell["status"] == "failed"]
+    notes += [
+        f"failed: {grouping.row_label(cell['spec'])} seed {cell['spec']['seed']}: {_reason(cell)}"
+        for cell in failed
+    ]
+    return tuple(notes)
+
+
+def _legend(rows: Sequence[Row], reference: str | None) -> list[str]:
+    """What the marks of this table mean; a mark that it does not have is not explained."""
+    scores = [score for row in rows for score in row.scores.values()]
+    told = ["±: half of the 95 % interval."] if any(s.low is not None for s in scores) else []
+    if any(score.delta for score in scores):
+        told.append(f"d: difference from {reference}.")
+    if any(score.delta and score.delta.claimed for score in scores):
+        told.append("!: different from it at 5 %, adjusted for all differences (Holm).")
+    if any(score.share for score in scores):
+        told.append(
+            "gap: share of the way from start to teacher, where that is over 3 standard errors."
+        )
+    if any(score.best for score in scores):
+        told.append("* or bold: best, or not different from the best at 5 % over the whole table.")
+    if any(score.floor for score in scores):
+        told.append("~: not better than guessing.")
+    return [" ".join(told)] if told else []
+
+
+def _seeds_note(rows: Sequence[Row]) -> list[str]:
+    from ctdbench.report.significance import SEEDS_TO_RANK
+
+    counts = {row.label: len(row.seeds) for row in rows if not row.is_baseline}
+    few = [label for label, count in counts.items() if count < SEEDS_TO_RANK]
+    if not few:
+        return []
+    which = "No row is ranked" if len(few) == len(counts) else f"Not ranked: {', '.join(few)}"
+    return [
+        f"{which}: that takes {SEEDS_TO_RANK} seeds. The interval of a row of one seed is of its "
+        "items alone, not of what another seed would give."
+    ]
+
+
+def _corpus_note(spec: Mapping[str, Any]) -> list[str]:
+    if spec["train"]["corpus"] != "embedded":
+        return []
+    if grouping.is_teachers_text(spec):
+        return ["The embedded corpus is the teacher's own text: sft is sequence-level KD here."]
+    return ["The embedded corpus was written by SmolLM2-135M-Instruct, no teacher of this pair."]
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _reason(cell: Result) -> str:
+    return cell["notes"][0] if cell["notes"] else "no reason recorded"

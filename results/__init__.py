@@ -1,0 +1,1 @@
+"""Published cells, and numbers from the papers (`papers/`); a package, so that a wheel has them."""

@@ -1,0 +1,140 @@
+"""Publishing: what is copied, what is refused, and that a refusal writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_results import example, store_example
+
+from ctdbench import report, results
+from ctdbench.errors import UserError
+from ctdbench.launch.publish import publish
+from ctdbench.results import Result
+
+VALUES = {"start": [1.5, 1.3, 1.4], "teacher": [0.9, 1.0, 1.1], "bld": [1.1, 1.0, 1.3]}
+
+
+def put(store: Path, method: str, values: list[float], **settings: Any) -> Result:
+    cell = example(method, {"bpb_heldout": {"bpb": sum(values) / len(values)}}, **settings)
+    cell["provenance"]["git"] = {"commit": "abc", "changed": False}
+    folder = store_example(store, cell)
+    rows = [{"id": str(i), "weight": 1.0, "bpb": value} for i, value in enumerate(values)]
+    results.write_jsonl_atomic(folder / "samples" / "bpb_heldout.jsonl", rows)
+    results.write_jsonl_atomic(folder / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
+    return cell
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CTDBENCH_CACHE", str(tmp_path / "cache"))
+    for method, values in VALUES.items():
+        put(tmp_path / "runs", method, values)
+    return tmp_path / "runs"
+
+
+def cell(store: Path, method: str = "bld") -> tuple[Path, Result]:
+    (entry,) = results.find(store, method=method).items()
+    return entry
+
+
+def test_a_published_cell_makes_the_table_of_its_store(store: Path, tmp_path: Path) -> None:
+    folder, result = cell(store)
+    target = tmp_path / "results"
+    copies = publish(store, result["id"][:6], target)
+    assert {path.parent.name for path in copies} == {"start", "teacher", "bld"}
+    published = results.find(target)
+    assert report.comparison(published) == report.comparison(results.find(store))
+    copy = target / folder.relative_to(store)
+    assert sorted(p.name for p in copy.rglob("*")) == [
+        "bpb_heldout.jsonl.gz", "metrics.jsonl", "result.json", "samples",
+    ]  # fmt: skip
+
+
+def test_publishing_again_changes_no_byte(store: Path, tmp_path: Path) -> None:
+    _, result = cell(store)
+    target = tmp_path / "results"
+    content = [
+        {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        for _ in range(2)
+        if publish(store, result["id"], target)
+    ]
+    assert content[0] == content[1]
+    publish(target, result["id"], tmp_path / "copy of the copy")
+    folder = next(iter(results.find(tmp_path / "copy of the copy", method="bld")))
+    assert (folder / "samples" / "bpb_heldout.jsonl.gz").read_bytes() in content[0].values()
+
+
+def test_the_folder_of_the_data_is_not_told(store: Path, tmp_path: Path) -> None:
+    folder, result = cell(store)
+    result["spec"]["eval"]["data_dir"] = "/somewhere/of/mine"
+    results.write_json_atomic(folder / "result.json", result)
+    publish(store, result["id"], tmp_path / "results")
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert not any(b"/somewhere" in path.read_bytes() for path in files)
+
+
+def uncommitted(result: Result) -> None:
+    result["provenance"]["git"]["changed"] = True
+
+
+def from_a_wheel(result: Result) -> None:
+    result["provenance"]["git"] = None
+
+
+def other_scores(result: Result) -> None:
+    result["scores"]["bpb_heldout"]["bpb"] = 0.5
+
+
+def no_number(result: Result) -> None:
+    result["scores"]["bpb_heldout"]["bpb"] = None
+
+
+def other_settings(result: Result) -> None:
+    result["spec"]["train"]["clip"] = 2.0
+
+
+def home(result: Result) -> None:
+    result["notes"] = [f"read {Path.home()}/data"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (uncommitted, "not committed"),
+        (from_a_wheel, "not committed"),
+        (other_scores, "does not give its scores"),
+        (no_number, "does not give its scores"),
+        (other_settings, "not the hash"),
+        (home, "a folder of this machine"),
+    ],
+)
+@pytest.mark.parametrize("method", ["bld", "start"])
+def test_what_cannot_be_checked_is_refused(
+    store: Path, tmp_path: Path, change: Callable[[Result], None], told: str, method: str
+) -> None:
+    folder, result = cell(store, method)
+    change(result)
+    results.write_json_atomic(folder / "result.json", result)
+    with pytest.raises(UserError, match=told):
+        publish(store, cell(store)[1]["id"], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_local_model_and_a_missing_baseline_are_refused(store: Path, tmp_path: Path) -> None:
+    local = put(store, "sft", [1.0], corpus="jsonl:mine.jsonl")
+    with pytest.raises(UserError, match="its start and teacher was not evaluated"):
+        publish(store, local["id"], tmp_path / "results")
+    for method in ("start", "teacher"):
+        put(store, method, [1.0], corpus="jsonl:mine.jsonl")
+    with pytest.raises(UserError, match="a jsonl: reference"):
+        publish(store, local["id"], tmp_path / "results")
+
+
+def test_the_cell_must_be_named(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished cell"):
+        publish(store, "zzz", tmp_path / "results")
+    with pytest.raises(UserError, match="3 finished cells"):
+        publish(store, "", tmp_path / "results")
