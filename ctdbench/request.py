@@ -79,6 +79,12 @@ def references_of(pair: PairSpec) -> list[str]:
     return list(dict.fromkeys(stated))
 
 
+def tokenizers_of(pair: PairSpec) -> list[str]:
+    """References of all of a pair's tokenizers; a model's own is where the model is."""
+    sides: tuple[ModelSpec, ...] = (pair.student, *pair.teachers)
+    return list(dict.fromkeys(side.tokenizer or side.model for side in sides))
+
+
 def listing() -> dict[str, dict[str, str]]:
     """Titles by name of methods, pairs and tasks; imports no method and runs no task code."""
     from ctdbench.evaluate import available_tasks

@@ -73,6 +73,40 @@ def _found(store: Path, pair: str | None) -> dict[Path, Result]:
 
 
 @app.command()
+def inspect(
+    pair: Annotated[str, typer.Option(help="A pair's name (ctdbench list pairs) or YAML file.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file, or .jsonl with field text; default: held-out embedded text."),
+    ] = None,
+    size: Annotated[str, typer.Option("--bytes", help="How much of the text: 100kB.")] = "100kB",
+    model: Annotated[
+        bool, typer.Option("--model", help="Load the teachers, to measure their probabilities.")
+    ] = False,
+    format_name: Annotated[
+        Literal["terminal", "json"], typer.Option("--format", help="terminal or json.")
+    ] = "terminal",
+    debug: Debug = False,
+) -> None:
+    """Show what a pair's tokenizers share, how they cut a text, and which X-Token loss fits.
+
+    Only tokenizers are loaded, unless --model is given.
+    """
+    from ctdbench import registry, request
+    from ctdbench.distill import references
+    from ctdbench.report.inspection import render_inspection
+
+    amount, found = request.bytes_of(size, "--bytes"), registry.load_pair(pair)
+    needed = request.references_of(found) if model else request.tokenizers_of(found)
+    for reference in needed:  # before torch, which takes seconds
+        references.require(references.parse(reference))
+    from ctdbench.distill.inspection import inspect_pair
+
+    findings = inspect_pair(found, text, size=amount, load_models=model)
+    typer.echo(render_inspection(findings, format_name), nl=False)
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine has for a run."""
     from ctdbench.doctor import findings
