@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -155,10 +156,14 @@ def _method_name(path: Path) -> str:
 def _meta(path: Path) -> Mapping[str, Any]:
     """The literal META of a method file; empty where there is none or the file does not parse."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        return _literal_meta(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
         return {}
-    for node in tree.body:
+
+
+@cache
+def _literal_meta(code: str) -> Mapping[str, Any]:
+    for node in ast.parse(code).body:
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == "META" for target in node.targets
         ):

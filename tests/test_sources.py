@@ -22,6 +22,7 @@ from harness_setup import (
 )
 from torch import Tensor
 
+from ctdbench import registry
 from ctdbench.distill import rollouts, sources, train
 from ctdbench.distill import setting as setup
 from ctdbench.distill.corpus import Corpus, Document, Segment, shuffled
@@ -207,7 +208,8 @@ def test_several_teachers_read_what_the_student_writes(tmp_path: Path) -> None:
 
 def test_rows_say_who_wrote_the_text() -> None:
     def label(method: str, **settings: Any) -> str:
-        return row_label(run_spec(method, **settings).model_dump(mode="json"))
+        spec = run_spec(method, **settings).model_dump(mode="json")
+        return row_label(spec, registry.methods())
 
     assert label("gold") == "gold (off-policy)"
     assert label("gold", on_policy=0.5) == "gold (on-policy 0.5)"

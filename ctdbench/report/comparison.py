@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ctdbench import results
+from ctdbench import registry, results
 from ctdbench.report import grouping
 from ctdbench.report.outcomes import Bootstraps, Samples
 from ctdbench.report.tables import Column, Difference, Row, RowCost, Score, Table
@@ -280,11 +280,11 @@ def _notes(
     notes += _seeds_note(rows)
     notes += _corpus_note(cells[0]["spec"])
     notes += [f"{row.label}: {_options(row.options)}" for row in rows if row.options]
-    failed = [cell for cell in cells if cell["status"] == "failed"]
-    notes += [
-        f"failed: {grouping.row_label(cell['spec'])} seed {cell['spec']['seed']}: {_reason(cell)}"
-        for cell in failed
-    ]
+    known = registry.methods()
+    for cell in cells:
+        if cell["status"] == "failed":
+            label, seed = grouping.row_label(cell["spec"], known), cell["spec"]["seed"]
+            notes.append(f"failed: {label} seed {seed}: {_reason(cell)}")
     return tuple(notes)
 
 

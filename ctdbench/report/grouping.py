@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ctdbench import registry, results
+from ctdbench.registry import MethodInfo
 from ctdbench.results import Result
 from ctdbench.spec import EvalSpec, PairSpec, TrainSpec, is_identity
 
@@ -78,10 +79,11 @@ def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
     A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
     settings that are not the default, and the options in which rows of the method differ.
     """
+    known = registry.methods()
     rows: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in cells:
         spec = result["spec"]
-        rows[row_label(spec)][_key(_options(spec))][spec["seed"]] = result
+        rows[row_label(spec, known)][_key(_options(spec))][spec["seed"]] = result
     labelled = {}
     for label, kin in rows.items():
         options = [_options(next(iter(by_seed.values()))["spec"]) for by_seed in kin.values()]
@@ -93,10 +95,13 @@ def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
     return labelled
 
 
-def row_label(spec: Mapping[str, Any]) -> str:
-    """The name of a spec's row before it is told from other rows of its method."""
+def row_label(spec: Mapping[str, Any], known: Mapping[str, MethodInfo]) -> str:
+    """The name of a spec's row before it is told from other rows of its method.
+
+    known: `registry.methods()`.
+    """
     name = spec["method"]
-    info = registry.methods().get(name)
+    info = known.get(name)
     option = info.meta.get("row") if info else None
     value = spec["options"].get(option) if option else None
     name += f"[{value}]" if value is not None else ""

@@ -42,7 +42,8 @@ class Samples:
             return []
         try:
             text = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-            return [json.loads(line) for line in text.splitlines()]
+            rows: list[dict[str, Any]] = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
+            return rows
         except (OSError, ValueError, EOFError) as error:
             hint = f"remove the folder {path.parents[1]} to compute the cell again"
             raise UserError(f"{path} is no list of samples: {error}", hint) from error

@@ -231,7 +231,7 @@ class Variance(NamedTuple):
         """[...]: the level at which the interval of a difference just holds 0 (bisection)."""
         size = np.abs(np.asarray(difference, dtype=np.float64))
         low, high = np.full(size.shape, math.log(SMALLEST_P)), np.zeros(size.shape)
-        for _ in range(45):
+        for _ in range(33):
             middle = (low + high) / 2
             holds = self.half_width(np.exp(middle), contrasts) >= size
             low, high = np.where(holds, middle, low), np.where(holds, high, middle)
