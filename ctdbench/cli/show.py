@@ -11,8 +11,12 @@ from ctdbench.cli.application import DEFAULT_STORE, Debug, Store, app, headline
 from ctdbench.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ctdbench.results import Result
 
+SENTENCE = "In 1969 Neil Armstrong's first step was broadcast to 650 million people: 月球."
+Formats = Annotated[str, typer.Option("--format", help="pdf, svg, png; several with commas.")]
 OnePair = Annotated[str | None, typer.Option(help="Only this pair.")]
 
 
@@ -61,6 +65,50 @@ def table(
         readme.insert(into, report.render(tables, "markdown"))
 
 
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="Folder to write to; one below it for each table.")],
+    store: Store = DEFAULT_STORE,
+    pair: OnePair = None,
+    formats: Formats = "pdf,svg,png",
+    debug: Debug = False,
+) -> None:
+    """Draw finished cells: scores, learning curves, quality against cost, average ranks."""
+    from ctdbench import report
+    from ctdbench.report import figures as drawing
+
+    found = _found(store, pair)
+    folders = {result["id"]: folder for folder, result in found.items()}
+    for number, table in enumerate(report.comparison(found, headline()), 1):
+        typer.echo(table.title)
+        target = out / f"{number}-{table.pair}"
+        _tell(drawing.draw(table, folders, target, _split(formats)))
+
+
+@app.command(name="report")
+def write_report(
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    store: Store = DEFAULT_STORE,
+    pair: OnePair = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML file that opens offline: tables, figures, every cell, what is missing."""
+    from ctdbench.report import page
+
+    page.write(_found(store, pair), headline(), out)
+    typer.echo(out)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(","))
+
+
+def _tell(drawn: Mapping[str, list[Path] | str]) -> None:
+    """Files that were written, or why a figure was not drawn."""
+    for name, made in drawn.items():
+        typer.echo(f"  {name}: {made if isinstance(made, str) else ' '.join(map(str, made))}")
+
+
 def _found(store: Path, pair: str | None) -> dict[Path, Result]:
     """All cells, those that failed too; raises UserError where there are none."""
     from ctdbench import results
@@ -86,13 +134,17 @@ def inspect(
     format_name: Annotated[
         Literal["terminal", "json"], typer.Option("--format", help="terminal or json.")
     ] = "terminal",
+    figures_to: Annotated[
+        Path | None, typer.Option("--figures", help="Folder: draw both tokenizations, the overlap.")
+    ] = None,
+    sentence: Annotated[str, typer.Option(help="What --figures shows tokenized.")] = SENTENCE,
     debug: Debug = False,
 ) -> None:
     """Show what a pair's tokenizers share, how they cut a text, and which X-Token loss fits.
 
     Only tokenizers are loaded, unless --model is given.
     """
-    from ctdbench import registry, request
+    from ctdbench import registry, request, results
     from ctdbench.distill import references
     from ctdbench.report.inspection import render_inspection
 
@@ -100,10 +152,17 @@ def inspect(
     needed = request.references_of(found) if model else request.tokenizers_of(found)
     for reference in needed:  # before torch, which takes seconds
         references.require(references.parse(reference))
-    from ctdbench.distill.inspection import inspect_pair
+    from ctdbench.distill.inspection import inspect_pair, tokenizers
 
     findings = inspect_pair(found, text, size=amount, load_models=model)
     typer.echo(render_inspection(findings, format_name), nl=False)
+    if figures_to is not None:
+        from ctdbench.report import figures as drawing
+
+        student, *teachers = tokenizers(found)
+        *names, _ = results.baselines(len(teachers))
+        for name, teacher in zip(names, teachers, strict=True):
+            _tell(drawing.draw_pair(student, teacher, sentence, figures_to, name))
 
 
 @app.command()

@@ -57,6 +57,11 @@ def inspect_pair(
     )
 
 
+def tokenizers(pair: PairSpec) -> list[TokenBytes]:
+    """The student's tokenizer and those of the teachers."""
+    return [_tokenizer_side(spec).tokens for spec in (pair.student, *pair.teachers)]
+
+
 def _tokenizer(spec: ModelSpec) -> str:
     """Reference of the tokenizer that a model is used with."""
     return spec.tokenizer or spec.model

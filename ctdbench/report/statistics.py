@@ -105,7 +105,7 @@ def accuracy_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     size = len(difference) + 2
     better, worse = ((difference > 0).sum() + 1) / size, ((difference < 0).sum() + 1) / size
     error = math.sqrt((better + worse - (better - worse) ** 2) / size)
-    half = -special.ndtri(ALPHA / 2) * error
+    half = -float(special.ndtri(ALPHA / 2)) * error
     centre = float(better - worse)
     return max(-1.0, centre - half), min(1.0, centre + half)
 
