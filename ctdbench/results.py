@@ -29,9 +29,11 @@ Scores = dict[str, dict[str, float | None]]
 
 
 class Cost(TypedDict, total=False):
-    """What a cell took: flops in floating-point operations, the largest resident memory.
+    """What a cell took.
 
-    processes: that trained it, each on a GPU of its own or on all threads of a machine.
+    flops: floating-point operations. peak_memory_bytes: the most that training held at once, on the
+    accelerator, else of all memory. processes: that trained it, each on a GPU of its own or on all
+    threads of a machine.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]

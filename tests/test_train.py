@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -346,3 +347,13 @@ def test_the_report_counts_what_was_trained_on(tmp_path: Path) -> None:
     assert set(lines[0]) >= {"loss", "ce", "uld"}
     size = sum(p.numel() for p in network.model.parameters())
     assert report.flops > 6 * size * report.student_tokens
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone can reset it")
+def test_peak_memory_is_that_since_the_reset() -> None:
+    train.reset_peak_memory()
+    held = np.ones(500_000_000, dtype=np.uint8)
+    peak = train.peak_memory()
+    del held
+    train.reset_peak_memory()
+    assert train.peak_memory() < peak - 400_000_000

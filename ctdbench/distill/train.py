@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def train(
     or its gradient stops being finite.
     """
     teachers, started = setting.teachers, time.monotonic()
+    reset_peak_memory()  # the baselines were evaluated before, in this process
     examples, skipped = training_examples(
         spec,
         setting.corpus,
@@ -274,6 +276,14 @@ def _report(
         skipped=skipped,
         generated=done.generated,
     )
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from here on, where the system can: what came before does not."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux alone has it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:

@@ -200,7 +200,6 @@ class Cell:
             )
         )
         cost = {**cost, "eval_seconds": time.monotonic() - started}
-        cost["peak_memory_bytes"] = train.peak_memory()
         setup = cost.pop("setup", {})
         result = self._result("done", self.notes, cost)
         result["provenance"]["training"] = setup
