@@ -1,0 +1,83 @@
+"""The commands that show results: what they write, what they load, how they fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from example_store import write_store
+from test_cli import apart, call
+
+from ctdbench.report import FORMATS, readme
+
+HEAVY = {"torch", "transformers", "peft", "lm_eval", "datasets"}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CTDBENCH_CACHE", str(tmp_path / "cache"))
+    write_store(tmp_path / "runs", ("sft", "bld"), seeds=2, documents=20)
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_table_in_every_format(store: Path, name: str) -> None:
+    done = call("table", "--store", str(store), "--format", name)
+    assert done.exit_code == 0, done.output
+    assert "mixed" in done.stdout
+
+
+def test_tables_figures_and_the_page_load_nothing_heavy(store: Path, tmp_path: Path) -> None:
+    here = ("--store", str(store))
+    commands = {
+        "table": HEAVY | {"matplotlib"},
+        "figures": HEAVY,
+        "report": HEAVY,
+    }
+    out = {"figures": ("--out", str(tmp_path / "f")), "report": ("--out", str(tmp_path / "r.html"))}
+    for command, unwanted in commands.items():
+        done, loaded = apart(command, *here, *out.get(command, ()))
+        assert done.returncode == 0, done.stderr
+        assert not loaded & unwanted
+
+
+def test_figures_name_their_files_or_the_reason(store: Path, tmp_path: Path) -> None:
+    done = call("figures", "--store", str(store), "--out", str(tmp_path), "--format", "svg")
+    assert done.exit_code == 0, done.output
+    (folder,) = tmp_path.glob("1-smol-mistral")
+    assert {path.stem for path in folder.glob("*.svg")} == {"scores", "curves", "cost"}
+    assert "ranks: " in done.stdout  # two seeds are too few
+    wrong = call("figures", "--store", str(store), "--out", str(tmp_path), "--format", "gif")
+    assert wrong.exit_code == 2
+    assert "gif" in wrong.stderr
+
+
+def test_a_table_can_be_put_into_a_file(store: Path, tmp_path: Path) -> None:
+    page = tmp_path / "PAGE.md"
+    page.write_text(f"above\n{readme.BEGIN}\n{readme.END}\nbelow\n", encoding="utf-8")
+    assert call("table", "--store", str(store), "--into", str(page)).exit_code == 0
+    markdown = call("table", "--store", str(store), "--format", "markdown").stdout
+    assert readme.shown(page) == markdown
+    assert page.read_text(encoding="utf-8").endswith("below\n")
+
+
+def test_an_inspection_of_the_tiny_pair(tmp_path: Path) -> None:
+    done = call("inspect", "--pair", "tiny", "--bytes", "5kB", "--format", "json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["pair"] == "tiny"
+    figures = call("inspect", "--pair", "tiny", "--bytes", "2kB", "--figures", str(tmp_path))
+    assert figures.exit_code == 0, figures.output
+    assert {path.stem for path in tmp_path.glob("*.pdf")} == {
+        "teacher-alignment", "teacher-overlap",
+    }  # fmt: skip
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    for command in (["table"], ["figures", "--out", str(tmp_path)], ["report"]):
+        done = call(*command, "--store", str(tmp_path / "none"))
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert "ctdbench run makes some" in done.stderr
+    done = call("publish", "abc", "--store", str(tmp_path / "none"))
+    assert done.exit_code == 2
+    assert "no finished cell" in done.stderr
