@@ -41,11 +41,14 @@ class MethodInfo:
     entry_point: metadata.EntryPoint | None = None
 
 
+def shipped_methods() -> Path:
+    """The folder of the methods that come with ctdbench."""
+    return _package_dir("ctdbench_methods")
+
+
 def methods() -> dict[str, MethodInfo]:
     """Every method by name: shipped files, entry points, `--plugin` files (later ones win)."""
-    found = {
-        _method_name(path): path for path in sorted(_package_dir("ctdbench_methods").glob("*.py"))
-    }
+    found = {_method_name(path): path for path in sorted(shipped_methods().glob("*.py"))}
     found.pop("--init--", None)
     infos = {name: MethodInfo(name, path, _meta(path)) for name, path in found.items()}
     for point in metadata.entry_points(group=GROUP):

@@ -21,6 +21,7 @@ def example(
     limit: int | None = 24,
     created: str = "2026-01-01T00:00:00",
     content: dict[str, str] | None = None,
+    tasks: tuple[str, ...] = EvalSpec().tasks,
     **train: Any,
 ) -> results.Result:
     """A result of that method with these scores, all with one standard error."""
@@ -30,7 +31,7 @@ def example(
         seed=seed,
         options=options or {},
         train=TrainSpec(**train),
-        eval=EvalSpec(limit=limit),
+        eval=EvalSpec(limit=limit, tasks=tasks),
     )
     return results.Result(
         version=1,

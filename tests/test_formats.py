@@ -122,7 +122,8 @@ def numbers_of(row: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
     for score in row["scores"]:
         scale = 100 if score["metric"].startswith(("acc", "exact")) else 1
         yield scale * score["value"], "*" * score["best"] + "~" * score["floor"]
-        yield scale * (score["high"] - score["low"]) / 2, ""
+        sides = score["high"] - score["value"], score["value"] - score["low"]
+        yield scale * max(sides), ""
         if delta := score["delta"]:
             yield scale * delta["value"], "!" * delta["claimed"]
         if share := score["share"]:

@@ -8,14 +8,25 @@ import pytest
 import torch
 from tiny_models import bpe_tokenizer, tiny_model
 from torch import Tensor
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from ctdbench.distill.growing_cache import GrowingLayer, growing_cache
+from ctdbench.distill import growing_cache as growing
+from ctdbench.distill.growing_cache import GrowingLayer
 
 TOKENIZER = bpe_tokenizer()
 MODEL = tiny_model(TOKENIZER).eval()
 IDS = torch.arange(2, 62).reshape(3, 20)
+
+
+def growing_cache(model: Any) -> DynamicCache:
+    return growing.growing_cache(model)["past_key_values"]
 
 
 def logits(model: Any, cache: Any, parts: list[Tensor], bfloat16: bool) -> Tensor:
@@ -34,7 +45,6 @@ def test_the_same_numbers_bit_for_bit(bfloat16: bool) -> None:
 
 def test_a_new_token_copies_nothing_while_there_is_room() -> None:
     cache = growing_cache(MODEL)
-    assert cache is not None
     logits(MODEL, cache, [IDS[:, :7]], False)
     places = []
     for token in IDS[:, 7:].split(1, 1):
@@ -56,7 +66,6 @@ def test_rooms_are_made_seldom() -> None:
 def test_it_can_be_reordered_repeated_and_cut(change: str) -> None:
     found = []
     for cache in (growing_cache(MODEL), DynamicCache(config=MODEL.config)):
-        assert cache is not None
         logits(MODEL, cache, [IDS[:, :10]], False)
         rows = torch.tensor([2, 0, 1])
         if change == "reorder":
@@ -88,9 +97,13 @@ def test_layers_with_a_window_stay_as_they_are() -> None:
     )  # fmt: skip
     model = Gemma3ForCausalLM(config).eval()
     cache = growing_cache(model)
-    assert cache is not None
     kinds = {type(layer) for layer in cache.layers}
     assert kinds == {GrowingLayer, DynamicSlidingWindowLayer}
     parts = list(IDS.split([9, 1, 1, 9], 1))
     own = DynamicCache(config=model.config)
     assert torch.equal(logits(model, cache, parts, True), logits(model, own, parts, True))
+
+
+def test_a_model_with_another_kind_of_cache_gets_none() -> None:
+    config = MambaConfig(vocab_size=70, hidden_size=16, num_hidden_layers=1, state_size=4)
+    assert growing.growing_cache(MambaForCausalLM(config)) == {}

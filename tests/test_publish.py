@@ -9,16 +9,22 @@ from typing import Any
 import pytest
 from example_results import example, store_example
 
-from ctdbench import report, results
+from ctdbench import registry, report, results
+from ctdbench.distill import references
 from ctdbench.errors import UserError
 from ctdbench.launch.publish import publish
 from ctdbench.results import Result
+from ctdbench.spec import RunSpec
 
 VALUES = {"start": [1.5, 1.3, 1.4], "teacher": [0.9, 1.0, 1.1], "bld": [1.1, 1.0, 1.3]}
 
 
 def put(store: Path, method: str, values: list[float], **settings: Any) -> Result:
-    cell = example(method, {"bpb_heldout": {"bpb": sum(values) / len(values)}}, **settings)
+    info = registry.methods().get(method)
+    code = {"method": references.fingerprint(info.file)} if info and info.file else {}
+    scores: Any = {"bpb_heldout": {"bpb": sum(values) / len(values)}}
+    tasks = ("bpb_heldout",)
+    cell = example(method, scores, tasks=tasks, **{"content": code, **settings})
     cell["provenance"]["git"] = {"commit": "abc", "changed": False}
     folder = store_example(store, cell)
     rows = [{"id": str(i), "weight": 1.0, "bpb": value} for i, value in enumerate(values)]
@@ -76,6 +82,15 @@ def test_the_folder_of_the_data_is_not_told(store: Path, tmp_path: Path) -> None
     assert not any(b"/somewhere" in path.read_bytes() for path in files)
 
 
+def another_code(result: Result) -> None:
+    result["content"]["method"] = "0" * 64
+    result["id"] = RunSpec.model_validate(result["spec"]).cell_id(result["content"])
+
+
+def no_scores(result: Result) -> None:
+    result["scores"] = {}
+
+
 def uncommitted(result: Result) -> None:
     result["provenance"]["git"]["changed"] = True
 
@@ -109,6 +124,7 @@ def home(result: Result) -> None:
         (no_number, "does not give its scores"),
         (other_settings, "not the hash"),
         (home, "a folder of this machine"),
+        (no_scores, "does not give its scores"),
     ],
 )
 @pytest.mark.parametrize("method", ["bld", "start"])
@@ -138,3 +154,19 @@ def test_the_cell_must_be_named(store: Path, tmp_path: Path) -> None:
         publish(store, "zzz", tmp_path / "results")
     with pytest.raises(UserError, match="3 finished cells"):
         publish(store, "", tmp_path / "results")
+
+
+def test_a_method_that_is_not_the_shipped_one_is_refused(store: Path, tmp_path: Path) -> None:
+    folder, result = cell(store)
+    another_code(result)
+    results.write_json_atomic(folder / "result.json", result)
+    with pytest.raises(UserError, match="its method is not the one"):
+        publish(store, result["id"], tmp_path / "results")
+
+
+def test_a_document_that_counts_twice_is_refused(store: Path, tmp_path: Path) -> None:
+    folder, result = cell(store)
+    row = {"id": "0", "weight": 1.0, "bpb": result["scores"]["bpb_heldout"]["bpb"]}
+    results.write_jsonl_atomic(folder / "samples" / "bpb_heldout.jsonl", [row, row])
+    with pytest.raises(UserError, match="does not give its scores"):
+        publish(store, result["id"], tmp_path / "results")

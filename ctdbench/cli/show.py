@@ -57,6 +57,8 @@ def table(
     from ctdbench import report
     from ctdbench.report import readme
 
+    if into is not None and format_name not in ("terminal", "markdown"):
+        raise UserError(f"--into writes markdown, not {format_name}", "leave one of them out")
     found = _found(store, pair)
     tables = report.comparison(found, headline())
     if into is None:

@@ -89,7 +89,7 @@ def write_tokens(
         input_ids=torch.tensor(rows, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         logits_processor=LogitsProcessorList([choice]),
-        past_key_values=growing_cache(model),
+        **growing_cache(model),
         generation_config=GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,

@@ -17,18 +17,20 @@ from transformers.cache_utils import DynamicLayer
 SPARE = 4  # room for a quarter more tokens than are there
 
 
-def growing_cache(model: Any) -> DynamicCache | None:
-    """An empty cache for a causal model; None where it needs one of its own kind.
+def growing_cache(model: Any) -> dict[str, DynamicCache]:
+    """An empty cache, as an argument of `generate`; none for a model that needs its own kind.
 
-    Layers that keep a window of tokens only, and whatever is no attention, stay transformers' own.
+    Layers that keep a window of tokens only stay transformers' own.
     """
     if not model._supports_default_dynamic_cache():
-        return None
+        return {}
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return {}  # not all of its layers are attention
     cache.layers = [GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
-    return cache
+    return {"past_key_values": cache}
 
 
 class GrowingLayer(DynamicLayer):

@@ -116,8 +116,9 @@ class PinnedLM(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
         """HFLM's own over a cache that copies nothing; the same tokens."""
-        cache = growing_cache(self.model)
-        return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        return super()._model_generate(
+            context, max_length, stop, **growing_cache(self.model), **options
+        )
 
     def _budget_scale(self, contexts: Sequence[str]) -> float:
         total = sum(len(context.encode()) for context in contexts)

@@ -133,6 +133,7 @@ class Cell:
         self.content = content(spec, corpus, data_dir)
         self.id = spec.cell_id(self.content)
         self.folder = results.cell_dir(store, spec.pair.name, spec.method, self.id)
+        self.provenance = provenance()  # of the code that runs, not of what it became meanwhile
 
     def run(self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool) -> results.Result:
         """Train, evaluate, write the result; what breaks on the way is recorded and raised."""
@@ -224,7 +225,7 @@ class Cell:
             "scores": {},
             "stderr": {},
             "cost": cost,  # type: ignore[typeddict-item]
-            "provenance": provenance(),
+            "provenance": {**self.provenance, "created": _now()},
             "notes": list(notes),
         }
 
@@ -298,11 +299,15 @@ def _method_code(name: str) -> str:
 def provenance() -> dict[str, Any]:
     """Versions, hardware and the state of the code; no paths, no names of people or hosts."""
     return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": _now(),
         "versions": _versions(),
         "hardware": _hardware(),
         "git": _git(),
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _versions() -> dict[str, str]:
@@ -327,7 +332,8 @@ def _git() -> dict[str, Any] | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    commands = (("rev-parse", "HEAD"), ("status", "--porcelain"))
+    code = ("ctdbench", "methods", "tasks", "pyproject.toml")  # what lies beside it does not count
+    commands = (("rev-parse", "HEAD"), ("status", "--porcelain", "--", *code))
     try:
         commit, status = (
             subprocess.run(

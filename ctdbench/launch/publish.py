@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ctdbench import results
+from ctdbench import registry, results
+from ctdbench.distill import references
 from ctdbench.errors import UserError
 from ctdbench.evaluate import outcomes
 from ctdbench.report import grouping
@@ -69,22 +70,37 @@ def _fault(result: Result, samples: Samples) -> tuple[str, str] | None:
         return "its id is not the hash of its settings", "run it again with this version"
     if local := [prefix for prefix in LOCAL if f'"{prefix}' in text]:
         return f"a {local[0]} reference means nothing elsewhere", "use hub: or wheel: references"
-    if str(Path.home()) in json.dumps(result["provenance"]) + text + " ".join(result["notes"]):
+    told = json.dumps(result["provenance"]) + text + " ".join(result["notes"])
+    if len(home := str(Path.home())) > 1 and f"{home}/" in told:
         return "it names a folder of this machine", "remove that path and run it again"
     state = result["provenance"].get("git")
     if not state or state["changed"]:
         return "the code that made it was not committed", "commit, and run it again"
-    for task, metrics in result["scores"].items():
-        if not _agrees(samples.rows(result, task), metrics):
+    if not _is_shipped(spec.method, result["content"].get("method")):
+        return "its method is not the one that is committed here", "run it again with that"
+    for task in spec.eval.tasks:
+        if not _agrees(samples.rows(result, task), result["scores"].get(task, {})):
             return f"samples/{task}.jsonl does not give its scores", "run it again"
     return None
 
 
+def _is_shipped(method: str, digest: str | None) -> bool:
+    """Whether that code is the one in `methods/`; a baseline has none."""
+    if results.is_baseline(method):
+        return True
+    info = registry.methods().get(method)
+    if info is None or info.file is None or info.file.parent != registry.shipped_methods():
+        return False
+    return references.fingerprint(info.file) == digest
+
+
 def _agrees(rows: list[dict[str, Any]], metrics: Mapping[str, float | None]) -> bool:
-    if not rows:
+    if not (rows and metrics) or len({row["id"] for row in rows}) < len(rows):
         return False
     return all(
-        value is not None and math.isclose(outcomes.score(rows, name), value, abs_tol=TOLERANCE)
+        value is not None
+        and all(name in row for row in rows)
+        and math.isclose(outcomes.score(rows, name), value, abs_tol=TOLERANCE)
         for name, value in metrics.items()
     )
 

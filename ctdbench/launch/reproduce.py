@@ -187,7 +187,15 @@ def _setup(plan: Plan) -> tuple[str, ...]:
     text = f"{' or '.join(map(format_bytes, budgets))} of {spec.train.corpus} text"
     pairs = ", ".join(plan.by_pair)
     limit = f"at most {ask.limit} items a task" if ask.limit else "every item of a task"
-    return (f"Here: {pairs}; {text}; {limit}; {ask.seeds} seed{'s' * (ask.seeds > 1)}.",)
+    notes = [f"Here: {pairs}; {text}; {limit}; {ask.seeds} seed{'s' * (ask.seeds > 1)}."]
+    if ask.seeds == 1:
+        notes.append("One seed: the noise is of the items alone; another seed may differ by more.")
+    if ask.scale == "paper":
+        notes.append(
+            "The budget of text is the recipe's, for documents of full length; shorter ones are "
+            "neither packed nor padded, so that they make more steps than the paper's."
+        )
+    return tuple(notes)
 
 
 def _settings(plan: Plan) -> list[str]:

@@ -8,7 +8,7 @@ its score and nothing that would rest on them.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -48,7 +48,17 @@ def comparison(
         for cells in groups.values()
     ]
     bootstraps.keep()
-    return sorted(tables, key=lambda table: table.title)
+    return _numbered(sorted(tables, key=lambda table: table.title))
+
+
+def _numbered(tables: Sequence[Table]) -> list[Table]:
+    """Tables of one title (they differ in tasks' data, or in a part of the pair) get numbers."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for table in tables:
+        seen[table.title] += 1
+        numbered.append(replace(table, number=seen[table.title]))
+    return numbered
 
 
 class _Group:
@@ -84,8 +94,21 @@ class _Group:
             rows=rows,
             reference=self.reference,
             standings=self.standings,
-            notes=_notes(self.cells, rows, self.expected, self.reference),
+            notes=(*_notes(self.cells, rows, self.expected, self.reference), *self._without()),
         )
+
+    def _without(self) -> list[str]:
+        """Rows with a score that nothing is said of, and why where that is known."""
+        missing = {
+            column.task: [label for label in self.values[column] if label not in known]
+            for column, known in self.outcomes.items()
+        }
+        told = [
+            f"{task}: no outcomes to compare of {', '.join(labels)}."
+            for task, labels in missing.items()
+            if labels
+        ]
+        return told + list(dict.fromkeys(self.samples.faults))
 
     def _row(self, label: str, cells: Sequence[Result]) -> Row:
         return Row(
@@ -140,18 +163,19 @@ class _Group:
             for column in self.columns
         }
         return {
-            column: {label: o for label, o in rows.items() if o is not None}
+            column: _on_the_same_documents({k: o for k, o in rows.items() if o is not None})
             for column, rows in read.items()
         }
 
     @cached_property
     def standings(self) -> Mapping[Column, Standing]:
-        """By column, of the rows that were trained."""
+        """By column, of the rows that were trained; none where a row's outcomes are missing."""
         from ctdbench.report import significance
 
         trained = {
             column: {label: o for label, o in rows.items() if label not in self.expected}
             for column, rows in self.outcomes.items()
+            if not self.values[column].keys() - rows.keys() - set(self.expected)
         }
         return significance.standings(trained, lambda column: column.lower_is_better)
 
@@ -176,7 +200,10 @@ class _Group:
         for column, label in plain:
             own, other = (self.outcomes[column].get(row or "") for row in (label, self.reference))
             if own is not None and other is not None:
-                tests[column, label] = compare(own, other, bootstrap=self.bootstraps)
+                test = compare(own, other, bootstrap=self.bootstraps)
+                # One seed is compared with one of the other's: another difference than is shown.
+                if math.isclose(test.difference, plain[column, label].value, abs_tol=1e-9):
+                    tests[column, label] = test
         adjusted = holm([test.p for test in tests.values()]).tolist()
         return {
             key: _difference(test, p)
@@ -233,6 +260,13 @@ def _finite(bound: float) -> float | None:
     return bound if math.isfinite(bound) else None
 
 
+def _on_the_same_documents(rows: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
+    """The rows on the documents that most of them are on."""
+    documents = {label: frozenset(outcomes.ids) for label, outcomes in rows.items()}
+    common = Counter(documents.values()).most_common(1)
+    return {label: rows[label] for label, ids in documents.items() if ids == common[0][0]}
+
+
 def _cost(cells: Sequence[Result]) -> RowCost:
     costs = [cell["cost"] for cell in cells]
     devices = [_devices(cell) for cell in cells]
@@ -241,9 +275,10 @@ def _cost(cells: Sequence[Result]) -> RowCost:
         None if time is None else time * number
         for time, (_, number) in zip(seconds, devices, strict=True)
     ]
+    alike = len({device for device, _ in devices}) == 1
     return RowCost(
         device=devices[0][0],
-        device_seconds=_mean(spent),
+        device_seconds=_mean(spent) if alike else None,
         seconds=_mean(seconds),
         peak_memory_bytes=_mean([cost.get("peak_memory_bytes") for cost in costs]),
         text_bytes=_mean([cost.get("text_bytes") for cost in costs]),
@@ -291,7 +326,9 @@ def _notes(
 def _legend(rows: Sequence[Row], reference: str | None) -> list[str]:
     """What the marks of this table mean; a mark that it does not have is not explained."""
     scores = [score for row in rows for score in row.scores.values()]
-    told = ["±: half of the 95 % interval."] if any(s.low is not None for s in scores) else []
+    told = (
+        ["±: the 95 % interval, its longer side."] if any(s.low is not None for s in scores) else []
+    )
     if any(score.delta for score in scores):
         told.append(f"d: difference from {reference}.")
     if any(score.delta and score.delta.claimed for score in scores):

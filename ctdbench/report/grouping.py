@@ -76,6 +76,8 @@ def evaluation_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
 def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
     """Cells by row label, by seed, one a seed (the last given); they come oldest first.
 
+    Seeds that an older code of the method trained are no seeds of the row.
+
     A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
     settings that are not the default, and the options in which rows of the method differ.
     """
@@ -83,7 +85,10 @@ def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
     rows: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in cells:
         spec = result["spec"]
-        rows[row_label(spec, known)][_key(_options(spec))][spec["seed"]] = result
+        by_seed = rows[row_label(spec, known)][_key(_options(spec))]
+        if by_seed and _code(next(iter(by_seed.values()))) != _code(result):
+            by_seed.clear()
+        by_seed[spec["seed"]] = result
     labelled = {}
     for label, kin in rows.items():
         options = [_options(next(iter(by_seed.values()))["spec"]) for by_seed in kin.values()]
@@ -144,6 +149,11 @@ def _content(result: Result) -> dict[str, str]:
     """Hashes of everything but the method's own code."""
     content = result["content"].items()
     return {name: digest for name, digest in content if not name.startswith("method")}
+
+
+def _code(result: Result) -> str:
+    """Hash of the method's own code."""
+    return result["content"].get("method", "")
 
 
 def _key(*parts: Any) -> str:

@@ -30,6 +30,7 @@ class Samples:
 
     def __init__(self, found: Mapping[Path, Result]) -> None:
         self._folders = {result["id"]: folder for folder, result in found.items()}
+        self.faults: list[str] = []  # why cells with samples gave no outcomes
 
     def rows(self, cell: Result, task: str) -> list[dict[str, Any]]:
         """A task's documents, none where the cell has no samples of it.
@@ -55,8 +56,12 @@ class Samples:
         rows = {cell["spec"]["seed"]: self.rows(cell, task) for cell in cells}
         if not all(rows.values()):
             return None
-        trained = not results.is_baseline(cells[0]["spec"]["method"])
-        return Outcomes.from_rows(task, metric, rows, trained=trained)
+        method = cells[0]["spec"]["method"]
+        try:
+            return Outcomes.from_rows(task, metric, rows, trained=not results.is_baseline(method))
+        except UserError as error:
+            self.faults.append(f"{method}: {error}")
+            return None
 
     def chance(self, cell: Result, task: str) -> list[float] | None:
         """Of every document what a guesser scores; None where that is not recorded."""

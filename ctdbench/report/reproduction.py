@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ctdbench.recipes import Column, Measure, OurTask, Recipe, Scale, Setting, Source
 from ctdbench.report import papers
 from ctdbench.report.papers import PaperTable, Reported
+from ctdbench.report.tables import Column as ScoreColumn
 from ctdbench.results import Result
 
 NORMAL_95 = 1.96
@@ -132,7 +133,8 @@ def _compare(
         return Comparison(paper, score, (None, None))
     base = _paper(column, table, setting.base.setting, setting.base.method)
     own_base = _ours((own.base,) if own.base else (), runs, PERCENT if column else 1)
-    gains = _gain(paper, base), _gain(score, own_base)
+    less = runs is not None and lower_is_better(runs)
+    gains = _gain(paper, base), _gain(own_base, score) if less else _gain(score, own_base)
     return _difference(Comparison(paper, score, gains), *gains, measure)
 
 
@@ -155,7 +157,10 @@ def _with_error(found: Reported, column: Column) -> Number:
 
 
 def _ours(cells: Sequence[Result], runs: OurTask | None, unit: float) -> Number | None:
-    """Mean over seeds. They share the items, so that averaging does not shrink those's error."""
+    """Mean over seeds. They share the items, so that averaging does not shrink those's error.
+
+    The seeds' part of it is that of Student's t, scaled to the normal quantile that margins use.
+    """
     if runs is None or not cells:
         return None
     values = [cell["scores"].get(runs.task, {}).get(runs.metric) for cell in cells]
@@ -166,8 +171,18 @@ def _ours(cells: Sequence[Result], runs: OurTask | None, unit: float) -> Number 
     squares = [(unit * error) ** 2 for error in errors if error is not None]
     if len(squares) < len(cells):
         return Number(fmean(known), None)
-    seeds = variance(known) / len(known) if len(known) > 1 else 0.0
+    seeds = 0.0
+    if len(known) > 1:
+        from ctdbench.report.statistics import critical
+
+        widened = float(critical(1, len(known) - 1)) / NORMAL_95**2
+        seeds = widened * variance(known) / len(known)
     return Number(fmean(known), math.sqrt(fmean(squares) + seeds))
+
+
+def lower_is_better(task: OurTask) -> bool:
+    """Whether less is better in our column."""
+    return ScoreColumn(task.task, task.metric).lower_is_better
 
 
 def _gain(score: Number | None, base: Number | None) -> Number | None:

@@ -6,7 +6,14 @@ import textwrap
 from collections.abc import Sequence
 
 from ctdbench.recipes import Measure, Scale
-from ctdbench.report.reproduction import ONE_SOURCE, Comparison, Line, Number, Reproduction
+from ctdbench.report.reproduction import (
+    ONE_SOURCE,
+    Comparison,
+    Line,
+    Number,
+    Reproduction,
+    lower_is_better,
+)
 
 WIDTH = 118
 ABSENT = "–"
@@ -79,7 +86,9 @@ def _shown(measure: Measure, heads: Sequence[str]) -> list[int]:
 
 def _head(measure: Measure) -> str:
     if measure.column is None:
-        return f"{measure.runs.task} {measure.runs.metric}" if measure.runs else ""
+        runs = measure.runs
+        down = " ↓" if runs and lower_is_better(runs) else ""
+        return f"{runs.task} {runs.metric}{down}" if runs else ""
     runs = measure.runs
     stands_in = runs is not None and runs == measure.column.stand_in
     return f"{measure.column.task} %" + (f" (ours {runs.task})" if runs and stands_in else "")

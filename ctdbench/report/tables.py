@@ -105,7 +105,7 @@ class Table:
     """Rows that compare: teacher, start, then the methods.
 
     reference: label of the row that differences are from: `sft`, or `start` where there is none.
-    standings: of the columns in which rows are ranked.
+    standings: of the columns in which rows are ranked. number: among tables of the same title.
     """
 
     pair: str
@@ -115,6 +115,7 @@ class Table:
     reference: str | None
     standings: Mapping[Column, Standing]
     notes: tuple[str, ...]
+    number: int = 1
 
     @property
     def title(self) -> str:
@@ -129,4 +130,5 @@ class Table:
         limit = self.setting["limit"]
         parts = [f"{format_bytes(self.setting['budget'])} of {self.setting['corpus']} text"]
         parts += [f"{limit} items a task"] if limit else []
-        return f"{self.pair}: {', '.join(parts + changed)}"
+        number = f" ({self.number})" if self.number > 1 else ""
+        return f"{self.pair}: {', '.join(parts + changed)}{number}"

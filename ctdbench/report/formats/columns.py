@@ -18,7 +18,7 @@ _Cost = tuple[tuple[str, str], Callable[[RowCost], float | None], Callable[[floa
 
 @dataclass(frozen=True)
 class Cell:
-    """A score: value, half of its interval, difference from the reference, share of the gap."""
+    """A score: value, longer side of its interval, difference from the reference, gap closed."""
 
     value: str = ABSENT
     half: str = ""
@@ -135,5 +135,7 @@ def _cell(score: Score | None, column: Column) -> Cell:
 
 
 def _half(score: Score) -> float | None:
-    """Half of the interval."""
-    return None if score.low is None or score.high is None else (score.high - score.low) / 2
+    """The longer side of the interval: that of an accuracy near 0 or 1 is not symmetric."""
+    if score.low is None or score.high is None:
+        return None
+    return max(score.high - score.value, score.value - score.low)
