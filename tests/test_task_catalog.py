@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctdbench.errors import UserError
-from ctdbench.evaluate import available_tasks, check_tasks, shared_ngrams, task_content
+from ctdbench.evaluate import available_tasks, catalog, check_tasks, shared_ngrams, task_content
 from ctdbench.evaluate.catalog import leaf_configs, task_configs
 
 SUBSETS = [str(leaf["task"]) for leaf in leaf_configs("agi_zh", task_configs())]
@@ -105,3 +106,20 @@ class TestCatalog:
             available_tasks([tmp_path])
         with pytest.raises(UserError, match="does not exist"):
             available_tasks([tmp_path / "nowhere"])
+
+
+def test_the_text_that_python_brings_is_part_of_the_identity(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = task_content(["bpb_pydoc", "teacher_jsd_pydoc", "piqa"])
+    other = tmp_path / "topics.py"
+    other.write_text("topics = {}")
+    spec = importlib.util.spec_from_file_location("topics", other)
+    known = catalog.find_spec
+    monkeypatch.setattr(
+        catalog, "find_spec", lambda name: spec if name.startswith("pydoc") else known(name)
+    )
+    after = task_content(["bpb_pydoc", "teacher_jsd_pydoc", "piqa"])
+    assert {name for name in before if before[name] != after[name]} == {
+        "bpb_pydoc", "teacher_jsd_pydoc",
+    }  # fmt: skip

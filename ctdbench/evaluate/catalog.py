@@ -23,6 +23,7 @@ from ctdbench.errors import PreflightError, UserError
 Needs = Literal["data", "heldout", "teacher", "nothing"]
 Config = dict[str, Any]
 HUB_TIMEOUT_SECONDS = 5
+FROM_PYTHON = ("bpb_pydoc", "teacher_jsd_pydoc")  # on Python's own language reference
 LOCAL_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
 
 
@@ -102,8 +103,8 @@ def task_content(
 ) -> dict[str, str]:
     """Name -> SHA-256 of what the name stands for: the task's YAML, its local or embedded files.
 
-    Part of a cell's identity. A data set on the hub enters by its name only, the functions that a
-    task calls by the `version` in its YAML.
+    Part of a cell's identity, and so is the text that comes with this Python. A data set on the hub
+    enters by its name only, the functions that a task calls by the `version` in its YAML.
     """
     extra = list(extra_task_dirs)
     configs, files = task_configs(extra), task_files(extra)
@@ -115,6 +116,8 @@ def task_content(
             folder = files[name].parent if metadata.get("embedded") else data_dir
             for file in metadata.get("files", {}).values() if folder is not None else ():
                 state.update((folder / file).read_bytes())
+        if name in FROM_PYTHON and (topics := find_spec("pydoc_data.topics")) is not None:
+            state.update(Path(str(topics.origin)).read_bytes())
         content[name] = state.hexdigest()
     return content
 
