@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TEXTS, bpe_tokenizer, byte_tokenizer, tiny_model
+from tokenizers import normalizers
 
 from ctdbench import ops
 from ctdbench.evaluate import EvaluationRequest, evaluate
@@ -82,6 +83,19 @@ class TestTeacherDivergence:
         m = (p + q) / 2
         expected = ((p * (p / m).log2()).sum() + (q * (q / m).log2()).sum()) / 2
         assert float(jensen_shannon(p[None], q[None])) == pytest.approx(float(expected), abs=1e-6)
+
+    def test_what_a_reader_cannot_spell_is_left_out(self) -> None:
+        lower = bpe_tokenizer()
+        lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+        texts = ["all of it is lower case", "Not all of it", "lower again"]
+        given = {"heldout": texts, "teachers": [(MODEL, TOKENIZER)]}
+        plain = evaluate(EvaluationRequest(MODEL, TOKENIZER, ["teacher_jsd"], **given))
+        chosen = evaluate(
+            EvaluationRequest(MODEL, TOKENIZER, ["teacher_jsd"], readers=[(MODEL, lower)], **given)
+        )
+        rows = plain.samples["teacher_jsd"]
+        assert chosen.samples["teacher_jsd"] == [rows[0], rows[2]]
+        assert chosen.settings["tasks"]["teacher_jsd"]["skipped_documents"] == 1
 
     def test_divergence_is_one_bit_at_most(self) -> None:
         one_hot = torch.eye(3, dtype=torch.float64)

@@ -107,18 +107,24 @@ class ByteModel:
 
 
 def teacher_divergence(
-    student: ByteModel, teachers: Sequence[ByteModel], texts: Sequence[str]
+    student: ByteModel,
+    teachers: Sequence[ByteModel],
+    texts: Sequence[str],
+    readers: Sequence[ByteModel] = (),
 ) -> tuple[list[dict[str, Any]], int]:
     """Per document the mean over its bytes (and over teachers) of the divergence, in bits.
 
-    A document is cut to what fits every model, at most `MAX_BYTES`. Returns one row a document
-    {"id", "weight": bytes, "jsd"}, and how many documents a tokenizer could not spell (left out).
+    A document is cut to what fits every model, at most `MAX_BYTES`, and left out if one of them
+    cannot spell it; readers: models that count for this and no more. Returns one row a document
+    {"id", "weight": bytes, "jsd"}, and how many documents were left out.
     """
-    limit = min(side.max_bytes for side in (student, *teachers))
+    limit = min(side.max_bytes for side in (student, *teachers, *readers))
     rows: list[dict[str, Any]] = []
     for index, text in enumerate(texts):
         text = text.encode()[:limit].decode(errors="ignore")
         try:
+            for reader in readers:
+                reader.tokens.encode(text)
             own = student.distributions(text)
             parts = [jensen_shannon(own, teacher.distributions(text)) for teacher in teachers]
         except NotLossless:

@@ -34,6 +34,8 @@ class EvaluationRequest:
 
     student, tokenizer: a causal transformers model and its fast tokenizer, as they are exported.
     teachers: (model, tokenizer) each; the teacher tasks average over them.
+    readers: further (model, tokenizer) that are not evaluated here but beside this: the teacher
+    tasks leave out what one of them cannot read, so that all rows are on the same documents.
     limit: items per requested task, the first ones; of a group, `ceil(limit / subsets)` per subset.
     heldout: the corpus's held-out documents, for `bpb_heldout` and `teacher_jsd`.
     data_dir: folder of original data files; None takes data sets from the hub.
@@ -45,6 +47,7 @@ class EvaluationRequest:
     tokenizer: Any
     tasks: Sequence[str]
     teachers: Sequence[tuple[Any, Any]] = ()
+    readers: Sequence[tuple[Any, Any]] = ()
     limit: int | None = None
     batch_size: int = 8
     data_dir: Path | None = None
@@ -179,6 +182,7 @@ def _run_teacher_task(
             ByteModel(request.student, request.tokenizer, bfloat16),
             [ByteModel(model, tokenizer, bfloat16) for model, tokenizer in request.teachers],
             texts,
+            [ByteModel(model, tokenizer) for model, tokenizer in request.readers],
         )
     if not rows:
         raise UserError(

@@ -142,7 +142,7 @@ class Cell:
             if accelerator.is_main_process:
                 if progress:
                     print(f"evaluating {self.spec.method}", file=sys.stderr)
-                self.evaluate(student, pair.teachers, cost)
+                self.evaluate(student, pair, cost)
         except Exception as error:
             if accelerator.is_main_process and getattr(error, "exit_code", 1) == 1:
                 self._record_failure(error)
@@ -183,7 +183,7 @@ class Cell:
         suffix = f"@{index + 1}" if index else ""
         return Guide(teacher, tables, suffix, stated.weight)
 
-    def evaluate(self, student: Side, teachers: Sequence[Side], cost: dict[str, Any]) -> None:
+    def evaluate(self, student: Side, pair: LoadedPair, cost: dict[str, Any]) -> None:
         """Evaluate a side as the student and write the cell: samples first, the result last."""
         started = time.monotonic()
         spec = self.spec.eval
@@ -192,7 +192,8 @@ class Cell:
                 student=student.model,
                 tokenizer=student.tokenizer,
                 tasks=spec.tasks,
-                teachers=[(teacher.model, teacher.tokenizer) for teacher in teachers],
+                teachers=[(teacher.model, teacher.tokenizer) for teacher in pair.teachers],
+                readers=[(pair.student.model, pair.student.tokenizer)],
                 limit=spec.limit,
                 batch_size=spec.batch_size,
                 data_dir=self.data_dir,
@@ -240,7 +241,7 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
     if results.finished(own.folder) is None:
         if progress:
             print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
-        own.evaluate(pair.baseline(method), pair.teachers, {})
+        own.evaluate(pair.baseline(method), pair, {})
 
 
 def decontaminated(
