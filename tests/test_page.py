@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,10 @@ from ctdbench.results import Result
 
 TASKS = ("bpb_heldout", "everyday_physics", "arithmetic_word")
 Found = dict[Path, Result]
-pytestmark = pytest.mark.filterwarnings("ignore:Glyph")  # what a poisoned label holds
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CTDBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:Glyph"),  # what a poisoned label holds
+]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from ctdbench.results import Result
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("own_cache"),
     pytest.mark.filterwarnings("ignore:Glyph"),  # what a poisoned label holds
     pytest.mark.skipif(
         bool(browser.absent()), reason=f"{' and '.join(browser.absent())} not installed"
@@ -37,13 +38,6 @@ return Array.from(document.querySelectorAll("table.scores")[table].tBodies[0].ro
 BUTTON = "return document.querySelectorAll('table.scores')[0].tHead.rows[0].cells[%d].firstChild"
 SORTED = "return document.querySelectorAll('table.scores')[0].tHead.rows[0].cells[%d].ariaSort"
 OPEN_ALL = "for (const cell of document.querySelectorAll('details')) cell.open = true;"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CTDBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
