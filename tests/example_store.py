@@ -32,7 +32,7 @@ BY_BYTES = ("bpb_heldout", "teacher_jsd")
 SKILLS = {"start": 0.0, "teacher": 1.0, "sft": 0.45, "bld": 0.7, "uld": 0.43}
 OPTIONS: dict[str, dict[str, Any]] = {
     "bld": {"ce_weight": 1.0, "byte_weight": 1.0, "kl_weight": 0.1, "bytes": "mixed"},
-    "uld": {"ce_weight": 1.0},
+    "uld": {"ce_weight": 0.5},
 }
 BUDGET, STEPS = 200_000, 20
 GOLDEN = (1 + math.sqrt(5)) / 2

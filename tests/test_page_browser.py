@@ -101,6 +101,25 @@ def test_every_column_sorts_both_ways(chromium: Browser, written: Path) -> None:
         assert set(others) == {None}
 
 
+def test_a_header_ends_where_its_numbers_do(chromium: Browser, written: Path) -> None:
+    chromium.open(written)
+    ends = chromium.run(
+        """
+        const end = (node) => {
+          const range = document.createRange();
+          range.selectNodeContents(node);
+          return range.getBoundingClientRect().right;
+        };
+        const table = document.querySelector("table.scores");
+        return Array.from(table.tBodies[0].rows[0].cells).slice(1).map((cell, column) =>
+          [end(table.tHead.rows[0].cells[column + 1].firstChild), end(cell)]);
+        """
+    )
+    assert len(ends) > 5
+    for head, cell in ends:
+        assert head == pytest.approx(cell, abs=1)
+
+
 def test_a_header_sorts_from_the_keyboard(chromium: Browser, written: Path) -> None:
     chromium.open(written)
     button = chromium.run(BUTTON % 1)

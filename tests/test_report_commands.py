@@ -9,6 +9,8 @@ import pytest
 from example_store import write_store
 from test_cli import apart, call
 
+from ctdbench import report
+from ctdbench.distill import models
 from ctdbench.report import FORMATS, readme
 
 HEAVY = {"torch", "transformers", "peft", "lm_eval", "datasets"}
@@ -34,8 +36,10 @@ def test_tables_figures_and_the_page_load_nothing_heavy(store: Path, tmp_path: P
         "table": HEAVY | {"matplotlib"},
         "figures": HEAVY,
         "report": HEAVY,
+        "results": HEAVY,
     }
-    out = {"figures": ("--out", str(tmp_path / "f")), "report": ("--out", str(tmp_path / "r.html"))}
+    out = {name: ("--out", str(tmp_path / name)) for name in ("figures", "report", "results")}
+    out["results"] += ("--format", "svg")
     for command, unwanted in commands.items():
         done, loaded = apart(command, *here, *out.get(command, ()))
         assert done.returncode == 0, done.stderr
@@ -51,6 +55,27 @@ def test_figures_name_their_files_or_the_reason(store: Path, tmp_path: Path) -> 
     wrong = call("figures", "--store", str(store), "--out", str(tmp_path), "--format", "gif")
     assert wrong.exit_code == 2
     assert "gif" in wrong.stderr
+
+
+def test_one_command_writes_everything(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    done = call("results", "--store", str(store), "--out", str(out), "--format", "svg,pdf")
+    assert done.exit_code == 0, done.output
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    suffixes = {report.SUFFIXES.get(name, name) for name in report.FORMATS}
+    figures = {"scores", "curves", "cost"}  # two seeds are too few for ranks
+    assert files == {
+        "report.html",
+        *(f"tables.{suffix}" for suffix in suffixes),
+        *(f"figures/1-smol-mistral/{name}.{kind}" for name in figures for kind in ("svg", "pdf")),
+    }
+    assert len(suffixes) == 6
+    assert all((out / name).stat().st_size > 500 for name in files)
+    markdown = call("table", "--store", str(store), "--format", "markdown").stdout
+    assert (out / "tables.md").read_text(encoding="utf-8") == markdown
+    again = call("results", "--store", str(store), "--out", str(out / "report.html"))
+    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+    assert "cannot write" in again.stderr
 
 
 def test_a_table_can_be_put_into_a_file(store: Path, tmp_path: Path) -> None:
@@ -73,11 +98,30 @@ def test_an_inspection_of_the_tiny_pair(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_an_inspection_loads_every_tokenizer_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = models.load_tokenizer, list[str]()
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: loaded.append(name) or load(name))
+    done = call("inspect", "--pair", "tiny", "--bytes", "2kB", "--figures", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert loaded == ["tiny:student", "tiny:teacher"]
+
+
+def test_a_sentence_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    arguments = ("--pair", "tiny", "--bytes", "2kB", "--figures", str(tmp_path))
+    done = call("inspect", *arguments, "--sentence", "caf\udce9")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "the sentence has a lone surrogate at character 3" in done.stderr
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    for command in (["table"], ["figures", "--out", str(tmp_path)], ["report"]):
+    out = ["--out", str(tmp_path / "out")]
+    for command in (["table"], ["figures", *out], ["report"], ["results", *out]):
         done = call(*command, "--store", str(tmp_path / "none"))
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert "ctdbench run makes some" in done.stderr
+    assert not [*tmp_path.iterdir()]
     done = call("publish", "abc", "--store", str(tmp_path / "none"))
     assert done.exit_code == 2
     assert "no finished cell" in done.stderr

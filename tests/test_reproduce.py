@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from example_results import example
-from scipy import stats
 
 from ctdbench import recipes, request
 from ctdbench.errors import PreflightError, UserError
@@ -23,9 +20,7 @@ from ctdbench.launch import reproduce
 from ctdbench.launch.table_plan import Ask, Plan, plan
 from ctdbench.recipes import Scale
 from ctdbench.report import papers
-from ctdbench.report.reproduction import Comparison, Ours, Reproduction, side_by_side
 from ctdbench.report.reproduction_text import render
-from ctdbench.results import Result
 from ctdbench.spec import RunSpec
 
 TABLES = ["alm-table1", "alm-table3", "bld-table1", "bld-table2", "bld-table3", "xtoken-main"]
@@ -162,98 +157,43 @@ def test_what_a_pair_lacks_is_told_before_anything_runs() -> None:
         reproduce.preflight(plan(recipes.load("bld-table3"), Ask(scale="cpu")), check)
 
 
-# Comparisons.
+# What is run in place of what the recipe states.
 
 
-def ours(share: float, stderr: float = 0.02, task: str = "piqa", metric: str = "acc") -> Result:
-    return example("bld", {task: {metric: share}}, stderr=stderr)
+def settings(**ask: Any) -> list[str]:
+    """What a dry run of Table 1 of BLD tells of its settings, where its models are missing."""
+
+    def check(spec: RunSpec) -> None:
+        raise PreflightError("no such model")
+
+    planned = plan(recipes.load("bld-table1"), Ask(**ask)).resolved(request.resolve_options)
+    text = reproduce.describe(planned, Path("none"), check)
+    return [line.strip() for line in text.partition("Settings")[2].splitlines()]
 
 
-def compared(name: str, key: tuple[str, str], own: Ours, scale: Scale = "paper") -> Reproduction:
-    recipe = recipes.load(name)
-    return side_by_side(recipe, scale, recipe.measures(scale, data=True), {key: own})
+def test_flags_stand_beside_what_they_override(tmp_path: Path) -> None:
+    corpus = tmp_path / "own.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"Line {n}."}) + "\n" for n in range(90)))
+    lines = settings(corpus=f"jsonl:{corpus}")
+    assert [line for line in lines if "here:" in line][1:] == [  # the first explains the word
+        f"paper  data Tulu-3 (here: jsonl:{corpus})"
+    ]
+    lines = settings(corpus=f"jsonl:{corpus}", budget=20_000, limit=7)
+    assert "ours   steps 20000 (not found; here: 20kB of text)" in lines
+    assert any("at most 7 items a task" in line for line in lines)
 
 
-def cell(found: Reproduction, name: str, task: str) -> Comparison:
-    places = [one.column.task if one.column else "" for one in found.measures]
-    (line,) = [line for line in found.lines if line.name == name]
-    return line.cells[places.index(task)]
-
-
-def test_noise_is_that_of_both_sides() -> None:
-    """Paper: 75.68 on 1,838 items, no error printed; ours: 70 % with 2 points."""
-    key = ("Llama-3.2-3B -> Qwen2 tokenizer", "bld")
-    found = compared("bld-table1", key, Ours((ours(0.70),)))
-    binomial = 100 * math.sqrt(0.7568 * 0.2432 / 1838)
-    score = cell(found, "bld", "piqa")
-    assert score.difference == pytest.approx(-5.68)
-    assert score.margin == pytest.approx(1.96 * math.hypot(2, binomial))
-    assert score.within is False
-    assert "~" in score.marks
-    near = cell(compared("bld-table1", key, Ours((ours(0.72),))), "bld", "piqa")
-    assert near.within is True
-
-
-def test_a_printed_error_is_used_and_another_protocol_is_marked() -> None:
-    key = ("OpenMath2-Llama3.1-8B -> Gemma2 2B", "alm")
-    own = ours(0.70, 0.01, "gsm8k", "exact_match_flexible")
-    score = cell(compared("alm-table3", key, Ours((own,))), "alm", "gsm8k")
-    assert score.margin == pytest.approx(1.96 * math.hypot(1, 1.28))
-    assert score.marks == "≠"
-
-
-def test_without_the_papers_error_the_noise_is_ours_and_says_so() -> None:
-    key = ("Llama-3.2-3B -> Qwen2 tokenizer", "mined")
-    own = Ours((ours(0.33, 0.01, "agi_zh"),))
-    found = compared("bld-table1", key, own)
-    score = cell(found, "mined", "agieval_cn")
-    assert (score.margin, score.marks) == (pytest.approx(1.96), "°")
-    assert "34.76?" in render(found)
-
-
-def test_seeds_are_averaged_and_their_spread_counts() -> None:
-    key = ("Llama-3.2-3B -> Qwen2 tokenizer", "bld")
-    cells = tuple(ours(share) for share in (0.70, 0.72, 0.74))
-    score = cell(compared("bld-table1", key, Ours(cells)), "bld", "piqa").ours
-    assert score is not None
-    student = stats.t.ppf(0.975, 2) / 1.96  # two degrees of freedom
-    assert score[:2] == (pytest.approx(72), pytest.approx(math.sqrt(4 + student**2 * 4 / 3)))
-
-
-def test_at_cpu_scale_gains_over_the_base_row_are_compared() -> None:
-    key = ("Llama-3.2-3B -> Qwen2 tokenizer", "bld")
-    own = Ours((ours(0.55),), base=ours(0.60))
-    found = compared("bld-table1", key, own, "cpu")
-    score = cell(found, "bld", "piqa")
-    assert score.difference == pytest.approx(-5 - (75.68 - 75.46))
-    assert "cannot be compared" in found.title
-    text = render(found)
-    assert max(map(len, text.splitlines())) <= 118
-    row = next(line.split() for line in text.splitlines() if "75.68" in line)
-    assert row[:6] == ["bld", "|", "75.68?", "+0.22", "55.00", "-5.00"]
-
-
-def test_no_number_of_another_table_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BLD's and ALM's tables have rows and tasks of the same names; so have ALM's own."""
-
-    def text(name: str) -> str:
-        recipe = recipes.load(name)
-        return render(side_by_side(recipe, "paper", recipe.measures("paper", data=True), {}))
-
-    before = {name: text(name) for name in TABLES}
-    real = papers._tables()
-    for name in TABLES:
-        recipe = recipes.load(name)
-        own = (recipe.paper, recipe.table)
-        mixed = {
-            table: numbers
-            if table == own
-            else {key: replace(one, value=99.99) for key, one in {**real[own], **numbers}.items()}
-            for table, numbers in real.items()
-        }
-        monkeypatch.setattr(papers, "_tables", lambda tables=mixed: tables)
-        assert text(name) == before[name]
-        assert "99.99" not in before[name]
+def test_at_cpu_scale_everything_that_differs_is_marked() -> None:
+    lines = settings(scale="cpu")
+    assert {
+        "paper  data Tulu-3 (here: embedded)",
+        "paper  trained lora (here: all)",
+        "paper  bld bytes beam (here: mixed)",
+        "paper  bld kl_weight 0.1",
+        "ours   batch documents 64 (not found; here: 4)",
+        "ours   document tokens 512 (not found; here: 768 bytes)",
+        "ours   template plain (the beam reads plain text)",
+    } <= set(lines)
 
 
 # From a recipe to the side by side, on the tiny pair.
@@ -330,7 +270,7 @@ def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) 
     assert ["failed" in line for line in said] == [True, False]
     planned = reproduce.describe(tiny, store, request.preflight)
     assert "2 cells, 1 done already" in planned
-    assert "ours   learning rate 0.0001 (not found)" in planned
+    assert "ours   learning rate 0.0001 (not found; here: " in planned
     said.clear()
     again = render(reproduce.compare(tiny, reproduce.run(tiny, store, said.append), store))
     assert again == text

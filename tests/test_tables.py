@@ -87,6 +87,18 @@ def test_rows_of_one_method_are_told_apart_by_what_differs() -> None:
     assert labels == {"uld alignment=positions", "uld alignment=chunks", "bld learning_rate=0.0003"}
 
 
+def test_notes_tell_only_the_options_in_which_rows_differ() -> None:
+    options = {
+        "bld": {"ce_weight": 1.0, "kl_weight": 0.1, "slots": 10},
+        "uld": {"ce_weight": 1.0, "kl_weight": 0.5},
+        "kd": {"ce_weight": 1.0, "kl_weight": 0.1, "temperature": 2.0},
+        "sft": {},
+    }
+    table = only([example(name, bpb(1.0), options=chosen) for name, chosen in options.items()])
+    assert "kl_weight: 0.1 in bld, kd; 0.5 in uld." in table.notes
+    assert not any(name in "".join(table.notes) for name in ("ce_weight", "slots", "temperature"))
+
+
 def test_the_newest_cell_of_a_seed_counts() -> None:
     """The same request has two cells when the method's code has changed in between."""
     old = example("bld", bpb(1.0), created="2026-01-01", content={"method": "a"})
@@ -146,7 +158,9 @@ def test_the_headline_metric_is_the_one_asked_for() -> None:
 
 
 def test_one_seed_has_no_rank() -> None:
-    assert any("takes 3 seeds" in note for note in only([example("bld", bpb(1.0))]).notes)
+    one, other = (example("bld", bpb(1.0), seed=seed) for seed in range(2))
+    assert any("takes 3 seeds. The interval of a row of one" in note for note in only([one]).notes)
+    assert "No row is ranked: that takes 3 seeds." in only([one, other]).notes
 
 
 # With outcomes

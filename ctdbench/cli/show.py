@@ -11,8 +11,9 @@ from ctdbench.cli.application import DEFAULT_STORE, Debug, Store, app, headline
 from ctdbench.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from ctdbench.report import Table
     from ctdbench.results import Result
 
 SENTENCE = "In 1969 Neil Armstrong's first step was broadcast to 650 million people: 月球."
@@ -77,14 +78,9 @@ def figures(
 ) -> None:
     """Draw finished cells: scores, learning curves, quality against cost, average ranks."""
     from ctdbench import report
-    from ctdbench.report import figures as drawing
 
     found = _found(store, pair)
-    folders = {result["id"]: folder for folder, result in found.items()}
-    for number, table in enumerate(report.comparison(found, headline()), 1):
-        typer.echo(table.title)
-        target = out / f"{number}-{table.pair}"
-        _tell(drawing.draw(table, folders, target, _split(formats)))
+    _draw(report.comparison(found, headline()), found, out, formats)
 
 
 @app.command(name="report")
@@ -101,8 +97,38 @@ def write_report(
     typer.echo(out)
 
 
-def _split(names: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in names.split(","))
+@app.command(name="results")
+def write_results(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    store: Store = DEFAULT_STORE,
+    pair: OnePair = None,
+    formats: Formats = "pdf,svg,png",
+    debug: Debug = False,
+) -> None:
+    """Write all of it into one folder: tables in every format, the figures, the report."""
+    from ctdbench import atomic, report
+    from ctdbench.report import page
+
+    found = _found(store, pair)
+    tables = report.comparison(found, headline())
+    for name in report.FORMATS:
+        path = out / f"tables.{report.SUFFIXES.get(name, name)}"
+        atomic.write_bytes(path, report.render(tables, name).encode(errors="replace"))
+        typer.echo(path)
+    _draw(tables, found, out / "figures", formats)
+    page.write(found, headline(), out / "report.html")
+    typer.echo(out / "report.html")
+
+
+def _draw(tables: Sequence[Table], found: Mapping[Path, Result], out: Path, formats: str) -> None:
+    """The figures of every table, each in a folder of its own."""
+    from ctdbench.report import figures as drawing
+
+    names = [name.strip() for name in formats.split(",")]
+    folders = {result["id"]: folder for folder, result in found.items()}
+    for number, table in enumerate(tables, 1):
+        typer.echo(table.title)
+        _tell(drawing.draw(table, folders, out / f"{number}-{table.pair}", names))
 
 
 def _tell(drawn: Mapping[str, list[Path] | str]) -> None:
@@ -154,17 +180,19 @@ def inspect(
     needed = request.references_of(found) if model else request.tokenizers_of(found)
     for reference in needed:  # before torch, which takes seconds
         references.require(references.parse(reference))
-    from ctdbench.distill.inspection import inspect_pair, tokenizers
+    from ctdbench.distill.inspection import inspect_pair, tokenizer_sides
 
-    findings = inspect_pair(found, text, size=amount, load_models=model)
+    sides = tokenizer_sides(found)
+    findings = inspect_pair(found, text, size=amount, load_models=model, sides=sides)
     typer.echo(render_inspection(findings, format_name), nl=False)
     if figures_to is not None:
         from ctdbench.report import figures as drawing
 
-        student, *teachers = tokenizers(found)
+        student, *teachers = sides
         *names, _ = results.baselines(len(teachers))
         for name, teacher in zip(names, teachers, strict=True):
-            _tell(drawing.draw_pair(student, teacher, sentence, figures_to, name))
+            made = drawing.draw_pair(student.tokens, teacher.tokens, sentence, figures_to, name)
+            _tell(made)
 
 
 @app.command()

@@ -36,30 +36,39 @@ BATCH_DOCUMENTS = 8  # of a forward pass
 
 
 def inspect_pair(
-    pair: PairSpec, text: Path | None = None, *, size: int = 100_000, load_models: bool = False
+    pair: PairSpec,
+    text: Path | None = None,
+    *,
+    size: int = 100_000,
+    load_models: bool = False,
+    sides: Sequence[Side] | None = None,
 ) -> Findings:
     """What the student's tokenizer shares with each teacher's, on the first `size` bytes of a text.
 
     text: a UTF-8 file, or .jsonl with a field `text` (duplicate rows are dropped); None: the
     held-out documents of the embedded corpus. load_models: also measure where the teachers'
-    probability lies, which takes a forward pass over the text.
+    probability lies, which takes a forward pass over the text. sides: `tokenizer_sides(pair)`, for
+    a caller that has them.
 
     Raises PreflightError for what cannot be had; UserError for a text that cannot be read, or of
     which no document is spelled by both tokenizers.
     """
     pieces = _pieces(text, size)
-    student = _tokenizer_side(pair.student)
+    student, *teachers = sides or tokenizer_sides(pair)
     return Findings(
         pair=pair.name,
         student=_tokenizer(pair.student),
         text=str(text) if text else "held-out documents of the embedded corpus",
-        teachers=tuple(_inspect(student, spec, pieces, load_models) for spec in pair.teachers),
+        teachers=tuple(
+            _inspect(student, teacher, spec, pieces, load_models)
+            for teacher, spec in zip(teachers, pair.teachers, strict=True)
+        ),
     )
 
 
-def tokenizers(pair: PairSpec) -> list[TokenBytes]:
-    """The student's tokenizer and those of the teachers."""
-    return [_tokenizer_side(spec).tokens for spec in (pair.student, *pair.teachers)]
+def tokenizer_sides(pair: PairSpec) -> list[Side]:
+    """The student's and the teachers', without models."""
+    return [_tokenizer_side(spec) for spec in (pair.student, *pair.teachers)]
 
 
 def _tokenizer(spec: ModelSpec) -> str:
@@ -102,9 +111,8 @@ def _plain_text(path: Path) -> Iterator[Document]:
 
 
 def _inspect(
-    student: Side, spec: ModelSpec, pieces: Sequence[Document], load_model: bool
+    student: Side, teacher: Side, spec: ModelSpec, pieces: Sequence[Document], load_model: bool
 ) -> TeacherFindings:
-    teacher = _tokenizer_side(spec)
     texts = [piece.text for piece in pieces]
     own, taught = (side.tokens.encode_batch(texts) for side in (student, teacher))
     text = diagnostics.text_statistics(own, taught)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctdbench import registry, results
+from ctdbench import atomic, registry, results
 from ctdbench.distill import references
 from ctdbench.errors import UserError
 from ctdbench.evaluate import outcomes
@@ -94,7 +94,7 @@ def _is_shipped(method: str, digest: str | None) -> bool:
     return references.fingerprint(info.file) == digest
 
 
-def _agrees(rows: list[dict[str, Any]], metrics: Mapping[str, float | None]) -> bool:
+def _agrees(rows: Sequence[dict[str, Any]], metrics: Mapping[str, float | None]) -> bool:
     if not (rows and metrics) or len({row["id"] for row in rows}) < len(rows):
         return False
     return all(
@@ -113,9 +113,9 @@ def _copy(folder: Path, result: Result, target: Path) -> Path:
         data = path.read_bytes()
         name = path.name.removesuffix(".gz") + ".gz"
         plain = gzip.decompress(data) if path.suffix == ".gz" else data
-        results.write_bytes_atomic(copy / "samples" / name, gzip.compress(plain, mtime=0))
+        atomic.write_bytes(copy / "samples" / name, gzip.compress(plain, mtime=0))
     if (metrics := folder / "metrics.jsonl").is_file():
-        results.write_bytes_atomic(copy / metrics.name, metrics.read_bytes())
+        atomic.write_bytes(copy / metrics.name, metrics.read_bytes())
     public = {**result, "spec": {**spec, "eval": {**spec["eval"], "data_dir": None}}}
     results.write_json_atomic(copy / "result.json", public)
     return copy

@@ -10,15 +10,16 @@ here imports torch before the first cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ctdbench import results
 from ctdbench.errors import UserError
 from ctdbench.launch.table_plan import Plan, PlannedRow, identity
-from ctdbench.recipes import Measure, Setting
+from ctdbench.recipes import Measure, Setting, Source, told
 from ctdbench.report import grouping
+from ctdbench.report.outcomes import Samples
 from ctdbench.report.reproduction import Ours, Reproduction, side_by_side, source_notes
 from ctdbench.results import Result
 from ctdbench.spec import RunSpec, format_bytes
@@ -90,7 +91,18 @@ def compare(plan: Plan, outcomes: Mapping[str, Result | str], store: Path) -> Re
             ours[row.setting.name, row.name] = Ours((own,) if own else (), base, why)
         else:
             ours[row.setting.name, row.name] = _measured(row, outcomes, base)
-    return side_by_side(plan.recipe, plan.ask.scale, plan.measures, ours, _setup(plan))
+    here = {setting.name: plan.here(setting) for setting in plan.recipe.settings}
+    setup = [*source_notes(plan.recipe, plan.ask.scale, here), *_setup(plan)]
+    samples = Samples(_by_folder(store, ours.values()))
+    return side_by_side(plan.recipe, plan.ask.scale, plan.measures, ours, samples, setup)
+
+
+def _by_folder(store: Path, ours: Iterable[Ours]) -> dict[Path, Result]:
+    cells = [(cell, cell["spec"]) for own in ours for cell in (*own.cells, own.base) if cell]
+    return {
+        results.cell_dir(store, spec["pair"]["name"], spec["method"], cell["id"]): cell
+        for cell, spec in cells
+    }
 
 
 def _check_corpus(plan: Plan) -> None:
@@ -199,12 +211,11 @@ def _setup(plan: Plan) -> tuple[str, ...]:
 
 
 def _settings(plan: Plan) -> list[str]:
-    lines = ["Settings of the recipe (paper: stated there; ours: not found, our choice):"]
+    lines = ["Settings (paper: stated there; ours: not found, our choice; here: what is run):"]
     trained = {row.setting.label: row.setting for row in plan.rows if row.row.method}
     for setting in trained.values():
+        stated, here = plan.recipe.stated(setting), plan.here(setting)
         lines.append(f"  {setting.label}")
-        for source in ("paper", "ours"):
-            lines += [f"    {source:5}  {line}" for line in plan.recipe.sources(setting, source)]
-    if plan.ask.scale == "cpu":
-        lines += ["At CPU scale:", *source_notes(plan.recipe, "cpu")]
-    return [*lines, *_setup(plan)]
+        for source in get_args(Source):
+            lines += [f"    {source:5}  {line}" for line in told(stated, source, here)]
+    return [*lines, "Everything else is ctdbench's default.", *_setup(plan)]

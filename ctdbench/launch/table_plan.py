@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ctdbench import registry
-from ctdbench.recipes import Measure, Recipe, Row, Scale, Setting
-from ctdbench.spec import RunSpec
+from ctdbench.recipes import Measure, Recipe, Row, Scale, Setting, Training
+from ctdbench.spec import RunSpec, format_bytes
 
 CPU_BUDGET = 200_000
 
@@ -82,6 +82,20 @@ class Plan:
         """One cell of each pair, enough to check what a pair needs."""
         return {spec.pair.name: spec for spec in self.cells.values()}
 
+    def here(self, setting: Setting) -> dict[str, Any]:
+        """What the cells of a setting have in place of what the recipe states, by its name there.
+
+        Empty for a setting without cells.
+        """
+        rows = [row for row in self.rows if row.setting.name == setting.name and row.specs]
+        if not rows:
+            return {}
+        own = _as_stated(rows[0].specs[0], self.recipe.training_of(setting))
+        for row in rows:
+            own |= {f"{row.name} {name}": one for name, one in row.specs[0].options.items()}
+        stated = self.recipe.stated(setting).items()
+        return {name: own[name] for name, one in stated if own.get(name, one.value) != one.value}
+
     def resolved(self, resolve: Callable[[RunSpec], RunSpec]) -> Plan:
         """The plan with all options of every method (`request.resolve_options`)."""
         rows = [replace(row, specs=tuple(map(resolve, row.specs))) for row in self.rows]
@@ -129,6 +143,27 @@ def _specs(
     }
     for seed in range(ask.seeds):
         yield registry.validate(RunSpec, {**request, "seed": seed}, recipe.name)
+
+
+def _as_stated(spec: RunSpec, recipe: Training) -> dict[str, Any]:
+    """A cell's settings under the names that recipes have for them."""
+    train, lora = spec.train, spec.pair.lora
+    own: dict[str, Any] = {
+        "pair": spec.pair.name,
+        "data": train.corpus,
+        "trained": "lora" if lora else "all",
+        "learning rate": train.learning_rate or spec.pair.learning_rate,
+        "batch documents": train.batch_documents,
+        "template": train.template,
+    }
+    if lora:
+        own |= {"lora rank": lora.rank, "lora alpha": lora.alpha, "lora targets": lora.targets}
+        own["lora embeddings"] = lora.train_embeddings
+    if train.budget != recipe.budget:
+        own["steps"] = f"{format_bytes(train.budget)} of text"
+    if train.document_bytes != recipe.document_bytes:
+        own["document tokens"] = f"{train.document_bytes} bytes"
+    return own
 
 
 def _train(recipe: Recipe, setting: Setting, ask: Ask) -> dict[str, Any]:

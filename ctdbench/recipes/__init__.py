@@ -6,7 +6,7 @@ read, does not say; chosen here). Numbers are in results/papers, not here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -213,17 +213,20 @@ class Recipe(Frozen):
         standing = [Measure(column, column.stand_in, _stand_in(column)) for column in self.columns]
         return (*standing, *(Measure(None, task) for task in WITHOUT_DATA))
 
-    def sources(self, setting: Setting, source: Source, scale: Scale = "paper") -> Iterator[str]:
-        """Settings and options from that source, as lines; at CPU scale options alone are used."""
-        if scale == "paper":
-            told = {"pair": setting.pair} if setting.pair else {}
-            for name, stated in {**told, **self.training_of(setting).stated()}.items():
-                if stated.source == source:
-                    yield _told(name.replace("_", " "), stated)
+    def stated(self, setting: Setting, *, training: bool = True) -> dict[str, Sourced[Any]]:
+        """What the recipe says of a setting by name, the rows' options last.
+
+        training: also the pair and how it is trained.
+        """
+        told: dict[str, Sourced[Any]] = {}
+        if training:
+            told |= {"pair": setting.pair} if setting.pair else {}
+            stated = self.training_of(setting).stated()
+            told |= {name.replace("_", " "): one for name, one in stated.items()}
         for method, row in setting.rows.items():
-            for name, stated in row.options_at(scale).items():
-                if stated.source == source:
-                    yield _told(f"{method} {name}", stated)
+            options = {**row.options_at("cpu"), **row.options}
+            told |= {f"{method} {name}": one for name, one in options.items()}
+        return told
 
 
 WITHOUT_DATA = (
@@ -274,7 +277,16 @@ def _stand_in(column: Column) -> str:
     return column.note or NO_TASK
 
 
-def _told(name: str, stated: Sourced[Any]) -> str:
-    value = stated.value
-    shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-    return f"{name} {shown}" + (f" ({stated.note})" if stated.note else "")
+def told(stated: Mapping[str, Sourced[Any]], source: Source, here: Mapping[str, Any]) -> list[str]:
+    """The settings from that source as lines. here: what is run in place of what is stated."""
+    return [_told(name, one, here) for name, one in stated.items() if one.source == source]
+
+
+def _told(name: str, stated: Sourced[Any], here: Mapping[str, Any]) -> str:
+    remarks = [stated.note] if stated.note else []
+    remarks += [f"here: {_shown(here[name])}"] if name in here else []
+    return f"{name} {_shown(stated.value)}" + (f" ({'; '.join(remarks)})" if remarks else "")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from ctdbench.report.comparison import comparison
-from ctdbench.report.formats import FORMATS, render
+from ctdbench.report.formats import FORMATS, SUFFIXES, render
 from ctdbench.report.grouping import comparable
 from ctdbench.report.tables import Column, Row, Score, Table
 
-__all__ = ["FORMATS", "Column", "Row", "Score", "Table", "comparable", "comparison", "render"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "Column",
+    "Row",
+    "Score",
+    "Table",
+    "comparable",
+    "comparison",
+    "render",
+]

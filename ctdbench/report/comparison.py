@@ -14,10 +14,11 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctdbench import registry, results
-from ctdbench.report import grouping
+from ctdbench.registry import MethodInfo
+from ctdbench.report import grouping, notes
 from ctdbench.report.outcomes import Bootstraps, Samples
 from ctdbench.report.tables import Column, Difference, Row, RowCost, Score, Table
 from ctdbench.results import Result
@@ -42,13 +43,18 @@ def comparison(
     for result in newest_last:
         if not grouping.is_baseline(result):
             groups[grouping.group_key(result)].append(result)
-    samples, bootstraps = Samples(found), Bootstraps()
+    samples, bootstraps, known = Samples(found), Bootstraps(), registry.methods()
     tables = [
-        _Group(cells, baselines, headline or {}, samples, bootstraps).table()
+        _Group(cells, baselines, headline or {}, samples, bootstraps, known).table()
         for cells in groups.values()
     ]
     bootstraps.keep()
-    return _numbered(sorted(tables, key=lambda table: table.title))
+    return _numbered(sorted(tables, key=_order))
+
+
+def _order(table: Table) -> tuple[str, str, int, str]:
+    """By pair, then text, the smallest budget first."""
+    return table.pair, table.setting["corpus"], table.setting["budget"], table.title
 
 
 def _numbered(tables: Sequence[Table]) -> list[Table]:
@@ -71,14 +77,16 @@ class _Group:
         headline: Mapping[str, str],
         samples: Samples,
         bootstraps: Bootstraps,
+        known: Mapping[str, MethodInfo],
     ) -> None:
         self.cells, self.samples, self.bootstraps = cells, samples, bootstraps
+        self.known = known
         self.done = [result for result in cells if result["status"] == "done"]
         matching = [result for result in baselines if grouping.is_baseline_of(result, cells[0])]
         latest = {result["spec"]["method"]: result for result in matching if result["scores"]}
         self.expected = results.baselines(len(cells[0]["spec"]["pair"]["teachers"]))
         self.columns = _columns([*latest.values(), *self.done], headline)
-        trained = grouping.variants(self.done)
+        trained = grouping.variants(self.done, known)
         self.reference = _reference(trained, latest)
         order = sorted(trained, key=lambda label: (label != self.reference, label))
         self.rows = {name: [latest[name]] for name in self.expected if name in latest}
@@ -94,8 +102,11 @@ class _Group:
             rows=rows,
             reference=self.reference,
             standings=self.standings,
-            notes=(*_notes(self.cells, rows, self.expected, self.reference), *self._without()),
+            notes=(*self._notes(rows), *self._without()),
         )
+
+    def _notes(self, rows: Sequence[Row]) -> list[str]:
+        return notes.of_table(self.cells, rows, self.expected, self.reference, self.known)
 
     def _without(self) -> list[str]:
         """Rows with a score that nothing is said of, and why where that is known."""
@@ -193,17 +204,23 @@ class _Group:
     def _tested(
         self, plain: Mapping[tuple[Column, str], Difference]
     ) -> dict[tuple[Column, str], Difference]:
-        from ctdbench.report.pairing import compare
+        from ctdbench.report.pairing import compare_all
         from ctdbench.report.significance import holm
 
-        tests = {}
-        for column, label in plain:
-            own, other = (self.outcomes[column].get(row or "") for row in (label, self.reference))
-            if own is not None and other is not None:
-                test = compare(own, other, bootstrap=self.bootstraps)
-                # One seed is compared with one of the other's: another difference than is shown.
-                if math.isclose(test.difference, plain[column, label].value, abs_tol=1e-9):
-                    tests[column, label] = test
+        reference = self.reference or ""
+        pairs = {
+            (column, label): (rows[label], rows[reference])
+            for column, rows in self.outcomes.items()
+            for label in rows
+            if (column, label) in plain and reference in rows
+        }
+        found = compare_all(pairs.values(), bootstrap=self.bootstraps)
+        tests = {
+            key: test
+            for key, test in zip(pairs, found, strict=True)
+            # One seed is compared with one of the other's: another difference than is shown.
+            if math.isclose(test.difference, plain[key].value, abs_tol=1e-9)
+        }
         adjusted = holm([test.p for test in tests.values()]).tolist()
         return {
             key: _difference(test, p)
@@ -303,72 +320,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """None where any value is missing: a mean over fewer seeds would be of another row."""
     known = [value for value in values if value is not None]
     return fmean(known) if len(known) == len(values) else None
-
-
-def _notes(
-    cells: Sequence[Result], rows: Sequence[Row], expected: Iterable[str], reference: str | None
-) -> tuple[str, ...]:
-    notes = list(_legend(rows, reference))
-    shown = {row.method for row in rows}
-    if absent := [name for name in expected if name not in shown]:
-        notes.append(f"No {' and no '.join(absent)} was evaluated with these settings.")
-    notes += _seeds_note(rows)
-    notes += _corpus_note(cells[0]["spec"])
-    notes += [f"{row.label}: {_options(row.options)}" for row in rows if row.options]
-    known = registry.methods()
-    for cell in cells:
-        if cell["status"] == "failed":
-            label, seed = grouping.row_label(cell["spec"], known), cell["spec"]["seed"]
-            notes.append(f"failed: {label} seed {seed}: {_reason(cell)}")
-    return tuple(notes)
-
-
-def _legend(rows: Sequence[Row], reference: str | None) -> list[str]:
-    """What the marks of this table mean; a mark that it does not have is not explained."""
-    scores = [score for row in rows for score in row.scores.values()]
-    told = (
-        ["±: the 95 % interval, its longer side."] if any(s.low is not None for s in scores) else []
-    )
-    if any(score.delta for score in scores):
-        told.append(f"d: difference from {reference}.")
-    if any(score.delta and score.delta.claimed for score in scores):
-        told.append("!: different from it at 5 %, adjusted for all differences (Holm).")
-    if any(score.share for score in scores):
-        told.append(
-            "gap: share of the way from start to teacher, where that is over 3 standard errors."
-        )
-    if any(score.best for score in scores):
-        told.append("* or bold: best, or not different from the best at 5 % over the whole table.")
-    if any(score.floor for score in scores):
-        told.append("~: not better than guessing.")
-    return [" ".join(told)] if told else []
-
-
-def _seeds_note(rows: Sequence[Row]) -> list[str]:
-    from ctdbench.report.significance import SEEDS_TO_RANK
-
-    counts = {row.label: len(row.seeds) for row in rows if not row.is_baseline}
-    few = [label for label, count in counts.items() if count < SEEDS_TO_RANK]
-    if not few:
-        return []
-    which = "No row is ranked" if len(few) == len(counts) else f"Not ranked: {', '.join(few)}"
-    return [
-        f"{which}: that takes {SEEDS_TO_RANK} seeds. The interval of a row of one seed is of its "
-        "items alone, not of what another seed would give."
-    ]
-
-
-def _corpus_note(spec: Mapping[str, Any]) -> list[str]:
-    if spec["train"]["corpus"] != "embedded":
-        return []
-    if grouping.is_teachers_text(spec):
-        return ["The embedded corpus is the teacher's own text: sft is sequence-level KD here."]
-    return ["The embedded corpus was written by SmolLM2-135M-Instruct, no teacher of this pair."]
-
-
-def _options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
-
-
-def _reason(cell: Result) -> str:
-    return cell["notes"][0] if cell["notes"] else "no reason recorded"

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ctdbench import registry, results
+from ctdbench import results
 from ctdbench.registry import MethodInfo
 from ctdbench.results import Result
 from ctdbench.spec import EvalSpec, PairSpec, TrainSpec, is_identity
@@ -73,15 +73,16 @@ def evaluation_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in fields.items()}
 
 
-def variants(cells: Sequence[Result]) -> dict[str, list[Result]]:
+def variants(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> dict[str, list[Result]]:
     """Cells by row label, by seed, one a seed (the last given); they come oldest first.
 
     Seeds that an older code of the method trained are no seeds of the row.
 
     A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
     settings that are not the default, and the options in which rows of the method differ.
+
+    known: `registry.methods()`.
     """
-    known = registry.methods()
     rows: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in cells:
         spec = result["spec"]

@@ -9,13 +9,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
 from ctdbench import results
 from ctdbench.cache import cache_dir
-from ctdbench.errors import UserError
+from ctdbench.errors import RunError, UserError
 from ctdbench.results import Result
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from ctdbench.report.statistics import Array, Interval, Items
 
 KEPT = 50_000  # intervals; the oldest go first
+KEPT_FILES = 32  # of samples: a cell's and its baselines', which a page shows one after the other
+TEXTS = frozenset({"id", "subset", "output"})  # of a row of samples; all else is a number
+NUMBERS = {int, float, bool, type(None)}
 
 
 class Samples:
@@ -31,23 +38,31 @@ class Samples:
     def __init__(self, found: Mapping[Path, Result]) -> None:
         self._folders = {result["id"]: folder for folder, result in found.items()}
         self.faults: list[str] = []  # why cells with samples gave no outcomes
+        self._chances: dict[tuple[str, str], list[Any]] = {}  # by cell and task, of those read
+        self._kept = lru_cache(KEPT_FILES)(self._read)
 
-    def rows(self, cell: Result, task: str) -> list[dict[str, Any]]:
+    def rows(self, cell: Result, task: str) -> Sequence[dict[str, Any]]:
         """A task's documents, none where the cell has no samples of it.
 
         Raises UserError naming a file that cannot be read.
         """
-        path = self._folders[cell["id"]] / "samples" / f"{task}.jsonl"
+        return self._kept(cell["id"], task)
+
+    def _read(self, cell: str, task: str) -> list[dict[str, Any]]:
+        path = self._folders[cell] / "samples" / f"{task}.jsonl"
         packed = path.with_name(f"{path.name}.gz")  # as in published cells
         if not path.is_file() and not packed.is_file():
             return []
         try:
             text = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-            rows: list[dict[str, Any]] = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
-            return rows
+            rows: list[dict[str, Any]] = from_json(b"[" + b",".join(text.splitlines()) + b"]")
+            if (odd := next((i for i, row in enumerate(rows, 1) if not _is_row(row)), 0)) > 0:
+                raise ValueError(f"line {odd} has no id, no weight, or a metric that is no number")
         except (OSError, ValueError, EOFError) as error:
             hint = f"remove the folder {path.parents[1]} to compute the cell again"
             raise UserError(f"{path} is no list of samples: {error}", hint) from error
+        self._chances[cell, task] = [row.get("chance") for row in rows]
+        return rows
 
     def outcomes(self, cells: Sequence[Result], task: str, metric: str) -> Outcomes | None:
         """Those of the cells of one row, a seed each; None where one of them has no samples."""
@@ -65,8 +80,10 @@ class Samples:
 
     def chance(self, cell: Result, task: str) -> list[float] | None:
         """Of every document what a guesser scores; None where that is not recorded."""
-        chances = [row.get("chance") for row in self.rows(cell, task)]
-        return None if None in chances or not chances else chances  # type: ignore[return-value]
+        if (cell["id"], task) not in self._chances:
+            self.rows(cell, task)
+        chances = self._chances.get((cell["id"], task))
+        return None if not chances or None in chances else chances
 
 
 class Bootstraps:
@@ -97,8 +114,15 @@ class Bootstraps:
         newest = dict(list(merged.items())[-KEPT:])
         try:
             results.write_json_atomic(self._path, newest)
-        except OSError:
+        except RunError:
             return
+
+
+def _is_row(row: Any) -> bool:
+    if not (isinstance(row, dict) and isinstance(row.get("id"), str)):
+        return False
+    kinds = {type(value) for name, value in row.items() if name not in TEXTS}
+    return kinds <= NUMBERS and 0 < (row.get("weight") or 0) < math.inf
 
 
 def _read(path: Path) -> dict[str, list[float]]:

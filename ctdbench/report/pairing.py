@@ -6,7 +6,7 @@ test, which knows no seeds, is never used).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,23 +130,51 @@ def compare(a: Outcomes, b: Outcomes, *, bootstrap: Bootstrap = statistics.boots
     seeds do (Welch's where the two have seeds of their own) and documents - 1 for what documents
     do (`statistics.Variance.half_width`).
     """
-    a, b = pair_outcomes(a, b)
-    difference = a.score - b.score
-    interval: tuple[float, float, float]
-    if max(len(a.values), len(b.values)) > 1:
-        variance = difference_variance(a, b)
-        half = float(variance.half_width())
-        p = float(variance.p_value(difference))
-        interval, test = (difference - half, difference + half, p), _several(variance)
-    elif a.is_choice and b.is_choice:
-        left, right = a.values[0], b.values[0]
-        low, high = statistics.accuracy_difference(left, right)
-        interval, test = (low, high, statistics.mcnemar(left, right)), "exact McNemar"
-    else:
-        change = a.values[0] - b.values[0]
-        interval, test = bootstrap(change, a.items), "paired bootstrap"
+    return compare_all([(a, b)], bootstrap=bootstrap)[0]
+
+
+def compare_all(
+    pairs: Iterable[tuple[Outcomes, Outcomes]], *, bootstrap: Bootstrap = statistics.bootstrap
+) -> list[Comparison]:
+    """`compare` of every pair; p-values over several seeds, a search each, are found together."""
+    aligned = [pair_outcomes(a, b) for a, b in pairs]
+    single = [len(a.values) == len(b.values) == 1 for a, b in aligned]
+    crossed = [pair for pair, alone in zip(aligned, single, strict=True) if not alone]
+    found = iter(_over_seeds(crossed))
+    return [
+        _one_seed(*pair, bootstrap) if alone else next(found)
+        for pair, alone in zip(aligned, single, strict=True)
+    ]
+
+
+def _one_seed(a: Outcomes, b: Outcomes, bootstrap: Bootstrap) -> Comparison:
+    left, right = a.values[0], b.values[0]
+    if not (a.is_choice and b.is_choice):
+        return _comparison(a, b, bootstrap(left - right, a.items), "paired bootstrap")
+    ends = statistics.accuracy_difference(left, right)
+    return _comparison(a, b, (*ends, statistics.mcnemar(left, right)), "exact McNemar")
+
+
+def _over_seeds(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> list[Comparison]:
+    if not pairs:
+        return []
+    variances = [difference_variance(a, b) for a, b in pairs]
+    differences = np.array([a.score - b.score for a, b in pairs])
+    stacked = Variance(*(np.array(part) for part in zip(*variances, strict=True)))
+    half = stacked.half_width()
+    bounds = (differences - half, differences + half, stacked.p_value(differences))
+    intervals = zip(*(bound.tolist() for bound in bounds), strict=True)
+    return [
+        _comparison(a, b, interval, _several(variance))
+        for (a, b), variance, interval in zip(pairs, variances, intervals, strict=True)
+    ]
+
+
+def _comparison(
+    a: Outcomes, b: Outcomes, interval: tuple[float, float, float], test: str
+) -> Comparison:
     seeds = min((len(side.seeds) for side in (a, b) if side.seeds), default=0)
-    return Comparison(difference, *interval, seeds, len(a.ids), test)
+    return Comparison(a.score - b.score, *interval, seeds, len(a.ids), test)
 
 
 def estimate(a: Outcomes, *, bootstrap: Bootstrap = statistics.bootstrap) -> Estimate:
@@ -160,6 +188,8 @@ def estimate(a: Outcomes, *, bootstrap: Bootstrap = statistics.bootstrap) -> Est
         variance = statistics.two_way([a.values], a.items)
         half, test = float(variance.half_width()), _several(variance)
         low, high = a.score - half, a.score + half
+        if np.isin(a.values, (0, 1)).all():  # no accuracy lies outside
+            low, high = max(0.0, low), min(1.0, high)
     return Estimate(a.score, low, high, len(a.seeds), len(a.ids), test)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctdbench import results
+from ctdbench import atomic
 from ctdbench.errors import UserError
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -16,7 +16,7 @@ def insert(path: Path, text: str) -> None:
     Raises UserError naming the file if it cannot be read or has not both marks once.
     """
     before, after = _around(path)
-    results.write_bytes_atomic(path, f"{before}{BEGIN}\n{text}{END}{after}".encode())
+    atomic.write_bytes(path, f"{before}{BEGIN}\n{text}{END}{after}".encode())
 
 
 def shown(path: Path) -> str:

@@ -6,14 +6,8 @@ import textwrap
 from collections.abc import Sequence
 
 from ctdbench.recipes import Measure, Scale
-from ctdbench.report.reproduction import (
-    ONE_SOURCE,
-    Comparison,
-    Line,
-    Number,
-    Reproduction,
-    lower_is_better,
-)
+from ctdbench.report.reproduction import Comparison, Line, Reproduction
+from ctdbench.report.reproduction_numbers import ONE_SOURCE, Number, lower_is_better
 
 WIDTH = 118
 ABSENT = "–"
@@ -99,7 +93,7 @@ def _texts(cell: Comparison, places: int) -> list[str]:
     paper, ours = _number(cell.paper, places) + doubt, _number(cell.ours, places)
     verdict = {True: "yes", False: "no", None: ABSENT}[cell.within]
     margin = "" if cell.margin is None else f" ±{cell.margin:.1f}"
-    diff = ABSENT if cell.difference is None else f"{cell.difference:+.2f}"
+    diff = ABSENT if cell.difference is None else f"{cell.difference.value:+.2f}"
     noise = verdict + margin + cell.marks
     if cell.gains is None:
         return [paper, ours, diff, noise]

@@ -160,11 +160,20 @@ def _aligned(rows: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
 
 
 def _pair_p(rows: Sequence[Outcomes]) -> Array:
-    """[pairs], unadjusted."""
-    tests = [_difference(a, b) for a, b in itertools.combinations(rows, 2)]
+    """[pairs], unadjusted; a row and all that follow it at once where all have the same seeds."""
+    if any(outcomes.seeds != rows[0].seeds for outcomes in rows):
+        tests = [_difference(a, b) for a, b in itertools.combinations(rows, 2)]
+    else:
+        values, items = np.stack([outcomes.values for outcomes in rows]), rows[0].items
+        blocks = [row - values[place:] for place, row in enumerate(values[:-1], start=1)]
+        tests = [(items.mean(block).mean(-1), two_way([block], items)) for block in blocks]
     differences, variances = zip(*tests, strict=True)
-    stacked = Variance(*(np.array(part) for part in zip(*variances, strict=True)))
-    return stacked.p_value(differences)
+    sizes = [np.size(difference) for difference in differences]
+    joined = [
+        np.concatenate(list(map(np.broadcast_to, parts, sizes)))
+        for parts in (differences, *zip(*variances, strict=True))
+    ]
+    return Variance(*joined[1:]).p_value(joined[0])
 
 
 def _equal_p(rows: Sequence[Outcomes], pairs: Array) -> float:

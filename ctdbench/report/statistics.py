@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,10 +49,12 @@ class Items:
     def __init__(self, weights: ArrayLike, subsets: ArrayLike | None = None) -> None:
         self.weights: Array = np.asarray(weights, dtype=np.float64)
         labels = np.zeros(len(self.weights)) if subsets is None else np.asarray(subsets)
-        _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-        if sizes.min() < 2:
-            codes, sizes = np.zeros_like(codes), np.array([len(codes)])
-        self.subsets = [np.flatnonzero(codes == code) for code in range(len(sizes))]
+        places: dict[Any, list[int]] = {}
+        for place, label in enumerate(labels.tolist()):
+            places.setdefault(label, []).append(place)
+        self.subsets = [np.array(places[label]) for label in sorted(places)]
+        if min(map(len, self.subsets)) < 2:
+            self.subsets = [np.arange(len(self.weights))]
         self.share: Array = self.weights / self.weights.sum()
 
     @property

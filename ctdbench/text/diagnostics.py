@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ctdbench.errors import UserError
 from ctdbench.text.alignment import Int64Array, align
 from ctdbench.text.critical_tokens import CLASSES, CriticalClass, Recommendation, token_class
 from ctdbench.text.token_bytes import Encoding, Refusal, TokenBytes
@@ -183,11 +184,15 @@ def chunk_statistics(text: AlignedText) -> ChunkStatistics:
 def chunked_sentence(student: TokenBytes, teacher: TokenBytes, text: str) -> list[Chunk]:
     """The chunks of a text, in order, each with both sides' pieces as bytes.
 
-    Raises NotLossless where a side does not spell the text.
+    Raises UserError for a text that UTF-8 cannot hold, NotLossless where a side does not spell it.
     """
     if not text:
         return []
-    data = text.encode("utf-8")
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        place = f"a lone surrogate at character {error.start}"
+        raise UserError(f"the sentence has {place}", "give one that is valid UTF-8") from None
     aligned = align_text([student.encode(text)], [teacher.encode(text)])
     sides = aligned.student, aligned.teacher
     pieces: list[list[list[bytes]]] = [[[] for _ in aligned.chunk_end] for _ in sides]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -20,10 +19,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
+from ctdbench import atomic
 from ctdbench.errors import UserError
 from ctdbench.registry import suggestion
 from ctdbench.report.formats.numbers import is_percent
@@ -185,8 +186,11 @@ def note(figure: Figure, sentences: Iterable[str]) -> None:
 
 def settle(figure: Figure) -> Figure:
     """Lay the figure out, for good: every further pass would move it by a hair."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    FigureCanvasAgg(figure)  # it keeps its renderer; without it every text measured makes one
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine(None)  # "none" would leave one that asks for a second drawing
     return figure
 
 
@@ -221,12 +225,9 @@ def check_formats(formats: Iterable[str]) -> None:
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
     """Write `<folder>/<name>.<format>` for each format, whole or not at all; returns the paths."""
     check_formats(formats)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in formats]
     for path, kind in zip(paths, formats, strict=True):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(_rendered(figure, kind))
-        temporary.replace(path)
+        atomic.write_bytes(path, _rendered(figure, kind))
     return paths
 
 

@@ -17,6 +17,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "html": html.render,
     "json": records.render_json,
 }
+SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex"}  # of files; others: the name
 
 
 def render(tables: Sequence[Table], name: str) -> str:

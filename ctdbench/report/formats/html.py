@@ -7,7 +7,7 @@ scores (a table), scroll (around it), notes; baseline, reference (rows); best, f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from ctdbench.report.formats.columns import (
@@ -50,12 +50,22 @@ def render(tables: Sequence[Table]) -> str:
     return _DOCUMENT.format(body="".join(map(table, tables)))
 
 
-def table(table: Table) -> str:
-    """One table with its notes below, as a fragment."""
+def plain_label(row: Row) -> str:
+    """What the head of a row says, as HTML."""
+    return escape(row_label(row))
+
+
+def table(table: Table, label: Callable[[Row], str] = plain_label) -> str:
+    """One table with its notes below, as a fragment. label: the HTML in the head of a row."""
     scores, costs = score_columns(table), cost_columns(table)
     heads = "".join(map(_head, [*(s.head for s in scores), *(c.head for c in costs)]))
     rows = "".join(
-        _row(table, row, [_score(s, index, row) for s in scores] + [_cost(c, index) for c in costs])
+        _row(
+            table,
+            row,
+            label(row),
+            [_score(s, index, row) for s in scores] + [_cost(c, index) for c in costs],
+        )
         for index, row in enumerate(table.rows)
     )
     notes = "".join(f"<li>{escape(note)}</li>\n" for note in table.notes)
@@ -71,10 +81,9 @@ def _head(lines: Iterable[str]) -> str:
     return f'<th scope="col">{first}' + "".join(f"<br><small>{o}</small>" for o in others) + "</th>"
 
 
-def _row(table: Table, row: Row, cells: Iterable[str]) -> str:
+def _row(table: Table, row: Row, label: str, cells: Iterable[str]) -> str:
     kind = "baseline" * row.is_baseline or "reference" * (row.label == table.reference)
-    label = f'<th scope="row">{escape(row_label(row))}</th>'
-    return f"<tr{_class(kind)}>{label}{''.join(cells)}</tr>\n"
+    return f'<tr{_class(kind)}><th scope="row">{label}</th>{"".join(cells)}</tr>\n'
 
 
 def _score(scores: ScoreColumn, index: int, row: Row) -> str:

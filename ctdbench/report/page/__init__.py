@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
-from ctdbench import results
+from ctdbench import atomic
 from ctdbench.errors import UserError
 from ctdbench.report.page.cells import cells
 from ctdbench.report.page.header import TITLE, header
@@ -29,17 +29,14 @@ def write(found: Mapping[Path, Result], headline: Mapping[str, str] | None, out:
     """Write the report on the cells found, by their folders (`<store>/<pair>/<method>/<id>`).
 
     headline: the metric to show of a task; by default a task's first. Raises UserError for a
-    folder that does not exist, a file that cannot be written, or no cells.
+    folder that does not exist, or no cells, RunError for a file that cannot be written.
     """
     if not out.parent.is_dir():
         raise UserError(f"folder {out.parent} does not exist", "make it first, or name another")
     if out.is_dir():
         raise UserError(f"{out} is a folder", "name a file in it")
     text = html(found, headline)
-    try:
-        results.write_bytes_atomic(out, text.encode(errors="replace"))  # half a surrogate pair
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}", "name another file") from error
+    atomic.write_bytes(out, text.encode(errors="replace"))  # half a surrogate pair
 
 
 def html(found: Mapping[Path, Result], headline: Mapping[str, str] | None = None) -> str:

@@ -87,7 +87,7 @@ def _place(material: Material, name: str) -> Markup:
 
 def _facts(cell: Result) -> list[Markup | None]:
     """Lists of names and values, each with a heading."""
-    provenance = dict(cell["provenance"])
+    provenance: dict[str, Any] = dict(cell["provenance"])
     evaluation = provenance.pop("evaluation", {})
     options = cell["spec"]["options"].items()
     return [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ctdbench.report.formats.html import table as html_table
@@ -14,7 +14,6 @@ from ctdbench.report.page.material import Material, cell_anchor, table_anchor
 from ctdbench.report.tables import Row, Table
 
 HALF_PAGE = 4.0  # inches: what is wider has the width of the page
-ROW_HEAD = re.compile(r'(<th scope="row">)([^<]*)(</th>)')
 
 
 def sections(material: Material) -> list[Markup]:
@@ -38,7 +37,7 @@ def _section(material: Material, number: int) -> Markup:
         element("p", subtitle(table), class_="subtitle"),
         element("p", pair["title"], class_="lead") if pair.get("title") else None,
         listed(_pair(pair)),
-        _linked(material, table),
+        Markup(html_table(table, partial(_row_head, material))),
         element("div", *_figures(material, table), class_="figures"),
         id=name,
         class_="table",
@@ -63,26 +62,16 @@ def _model(side: Mapping[str, Any]) -> list[Content]:
     ]
 
 
-def _linked(material: Material, table: Table) -> Markup:
-    """The table as HTML; the head of a row leads to its cells."""
-    rows = iter(table.rows)
-    text = ROW_HEAD.sub(
-        lambda head: head[1] + _row_head(material, Markup(head[2]), next(rows)) + head[3],
-        html_table(table),
-    )
-    return Markup(text)
-
-
-def _row_head(material: Material, label: Markup, row: Row) -> Markup:
+def _row_head(material: Material, row: Row) -> Markup:
+    """The label of a row, which leads to its cells."""
     if len(row.cells) == 1:
-        return link(cell_anchor(row.cells[0]), label)
+        return link(cell_anchor(row.cells[0]), row.label)
     seeds = sorted((material.cells[cell]["spec"]["seed"], cell) for cell in row.cells)
     links = [
         element("a", seed, href=f"#{cell_anchor(cell)}", aria_label=f"{row.label}, seed {seed}")
         for seed, cell in seeds
     ]
-    name = Markup(label.removesuffix(f" ({len(seeds)} seeds)"))  # they are linked instead
-    return joined([name, element("span", "seeds ", *links, class_="seeds")])
+    return joined([row.label, element("span", "seeds ", *links, class_="seeds")])
 
 
 def _figures(material: Material, table: Table) -> Iterator[Markup]:
