@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -56,10 +57,16 @@ def is_identity(field: FieldInfo) -> bool:
     return not (isinstance(extra, Mapping) and extra.get("identity") is False)
 
 
+def without_path(reference: str) -> str:
+    """The kind of a reference to this machine; its content, not its place, identifies it."""
+    kind, separator, _ = reference.partition(":")
+    return kind + separator if kind in ("dir", "jsonl") else reference
+
+
 class Frozen(BaseModel):
     """A request as the user stated it: frozen, and nothing unknown is accepted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
         """The fields that can change a result, nested models included, ready for JSON."""
@@ -107,6 +114,12 @@ class ModelSpec(Frozen):
         description="At every byte add the embedding of the longest old token that ends there; for "
         "a tokenizer of bytes. Such a student cannot be saved.",
     )
+
+    def identity(self) -> dict[str, Any]:
+        """A tokenizer of its own is told from the model's, whatever lies where."""
+        own = self.tokenizer in (None, self.model)
+        tokenizer = None if own else without_path(str(self.tokenizer))
+        return super().identity() | {"model": without_path(self.model), "tokenizer": tokenizer}
 
     @model_validator(mode="after")
     def _check_transfer(self) -> ModelSpec:
@@ -193,12 +206,30 @@ class TrainSpec(Frozen):
         1.0, ge=0, description="Generated text: sampling temperature; 0: the likeliest token."
     )
     micro_batch: int | None = runtime(
-        None, ge=1, description="Documents per forward pass; default: all."
+        None,
+        ge=1,
+        description="Documents per forward pass; default: all, on a processor those of one length.",
     )
     block_rows: int = runtime(
         512, ge=8, description="Rows of both sides whose logits exist at a time."
     )
+    compile: bool = runtime(
+        False,
+        description="Run Method.terms through torch.compile: takes a C++ compiler, half a minute.",
+    )
+    teacher_cache: Bytes | None = runtime(
+        4_000_000_000,
+        description="Disk that a run's teacher states may take; where they would take more, and "
+        "for null, the teacher runs at every step.",
+    )
+    workers: int | None = runtime(
+        None, ge=1, description="Processes that tokenize a long corpus; default: one a core."
+    )
     checkpoint_every: int = runtime(50, ge=0, description="Steps between checkpoints; 0: none.")
+
+    def identity(self) -> dict[str, Any]:
+        """A corpus of files is told by its documents, which are hashed."""
+        return super().identity() | {"corpus": without_path(self.corpus)}
 
 
 class EvalSpec(Frozen):
@@ -210,6 +241,10 @@ class EvalSpec(Frozen):
         description="Names of tasks.",
     )
     limit: int | None = Field(None, ge=1, description="At most this many items a task.")
+    held_out: Literal["test", "validation"] = Field(
+        "test",
+        description="Part of the corpus's held-out documents; validation: to choose settings on.",
+    )
     batch_size: int = Field(
         8, ge=1, description="Evaluation batch; it moves log-likelihoods by about 1e-4."
     )
@@ -219,6 +254,11 @@ class EvalSpec(Frozen):
     data_dir: str | None = runtime(
         None, description="Folder with local task data; its content is hashed."
     )
+
+    @property
+    def data(self) -> Path | None:
+        """The folder of local task data; `~` stands for the user's home, as in results."""
+        return Path(self.data_dir).expanduser() if self.data_dir else None
 
 
 class RunSpec(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,3 +113,15 @@ def test_long_documents_agree_with_numpy(seed: int) -> None:
         alignment.student_chunk, np.where(inside, np.searchsorted(cuts, student), -1)
     )
     assert alignment.chunks == len(cuts)
+
+
+def test_memory_grows_with_the_text_alone() -> None:
+    """Eight times the text takes eight times the memory, whatever the tokens."""
+    peaks = []
+    for size in (10**5, 8 * 10**5):
+        ends = np.arange(4, size + 1, 4), np.arange(5, size + 1, 5)
+        tracemalloc.start()
+        align(*ends)
+        peaks.append(tracemalloc.get_traced_memory()[1] / size)
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0] < 30

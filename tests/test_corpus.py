@@ -143,6 +143,15 @@ def test_the_split_is_pinned() -> None:
     ]
 
 
+def test_settings_are_chosen_on_other_documents_than_results_are_reported_on(
+    tmp_path: Path,
+) -> None:
+    found = load_corpus(write(tmp_path / "a.jsonl", *({"text": d.text} for d in made(1000))))
+    test, validation = (found.held_out_part(part) for part in ("test", "validation"))
+    assert sorted(d.text for d in (*test, *validation)) == sorted(d.text for d in found.held_out)
+    assert 0.2 < len(validation) / len(found.held_out) < 0.6
+
+
 def test_training_never_sees_the_held_out_split(tmp_path: Path) -> None:
     found = load_corpus(write(tmp_path / "a.jsonl", *({"text": d.text} for d in made(300))))
     size = sum(document.size for document in found.train)
@@ -209,3 +218,25 @@ def test_pieces_end_before_a_space_where_there_is_one() -> None:
         "你好你好你",
         "好",
     ]
+
+
+class Counted(str):
+    """Text that counts the characters copied or encoded out of it."""
+
+    read = 0
+
+    def __getitem__(self, key: Any) -> Counted:
+        part = Counted(super().__getitem__(key))
+        Counted.read += len(part)
+        return part
+
+    def encode(self, *rest: Any) -> bytes:
+        Counted.read += len(self)
+        return super().encode(*rest)
+
+
+def test_cutting_reads_a_long_text_once() -> None:
+    text = "some words " * 5_000
+    pieces = list(cut(Document((Segment(Counted(text)),)), 100))
+    assert "".join(piece.text for piece in pieces) == text
+    assert Counted.read < 4 * len(text)

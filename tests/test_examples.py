@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wheel_tokenizers import real_documents, wheel_token_bytes, wheel_tokenizer
 
+from ctdbench.distill import examples
 from ctdbench.distill.corpus import Document, Segment
 from ctdbench.distill.examples import AlignedSide, Example, build_example, build_examples, render
 from ctdbench.distill.models import Specials
@@ -114,6 +117,81 @@ def test_any_document_is_partitioned_or_refused(
         ):
             if is_text and end > start:
                 assert supervised == (set(range(start, end)) <= allowed)
+
+
+@every_pair
+@few
+@given(data=st.data(), template=st.sampled_from(["plain", "chat"]))
+def test_documents_in_a_row_are_as_each_by_itself(
+    names: tuple[str, str], data: st.DataObject, template: Any
+) -> None:
+    """Whichever are refused, empty, cut off or without a chunk, and wherever shards end."""
+    parts = st.lists(st.tuples(texts | st.just(""), st.booleans()), min_size=1, max_size=2)
+    drawn = data.draw(st.lists(st.tuples(parts, st.booleans()), max_size=5))
+    given = [
+        Document(
+            tuple(Segment(t, r, s) for (t, s), r in zip(p, ("user", "assistant"), strict=False)),
+            complete,
+        )
+        for p, complete in drawn
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "SHARD_CHARACTERS", data.draw(st.sampled_from([1, 30, 10**6])))
+        found, _ = build_examples(given, *both(names), template)
+    alone = [example for document in given for example in by_itself(document, names, template)]
+    assert len(found) == len(alone)
+    for one, other in zip(found, alone, strict=True):
+        check(one)
+        assert one.document == other.document
+        for mine, theirs in ((one.student, other.student), (one.teacher, other.teacher)):
+            assert columns(mine) == columns(theirs)
+
+
+def by_itself(document: Document, names: tuple[str, str], template: Any) -> list[Example]:
+    try:
+        found = build_example(document, *both(names), template)
+    except NotLossless:
+        return []
+    return [found] if found.chunks else []
+
+
+def columns(own: AlignedSide) -> list[Any]:
+    """All that an aligned side holds, as lists."""
+    sequence = own.sequence
+    arrays = (sequence.ids, sequence.byte_start, sequence.byte_end, sequence.is_text)
+    return [sequence.end, *(array.tolist() for array in (*arrays, own.chunk, own.supervised))]
+
+
+def test_work_does_not_loop_over_tokens() -> None:
+    """As many calls for a book as for a line, and memory in proportion to the text."""
+    sides = both(PAIRS[0])
+    line = "The quick brown fox, naïve as ever, jumps over 13 dogs.\n"
+    calls, peaks = [], []
+    for copies in (1, 400, 3_200):
+        document = plain(line * copies)
+        calls.append(counted_calls(lambda d=document: build_example(d, *sides)))
+        tracemalloc.start()
+        build_example(document, *sides)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert calls[0] == calls[1] == calls[2] > 0
+    assert peaks[2] < 8.5 * peaks[1]
+
+
+def counted_calls(function: Callable[[], object]) -> int:
+    """Calls of functions, built-in ones included."""
+    count = 0
+
+    def seen(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 @every_pair

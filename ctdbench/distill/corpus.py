@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ctdbench.errors import PreflightError, UserError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "corpus.jsonl.gz"
 HELD_OUT_SHARE = 0.05
+VALIDATION_SHARE = 0.02  # of all documents, and of those held out: settings are chosen on them
+Part = Literal["test", "validation"]
 SEPARATOR = "\n"  # between the segments of a document rendered as plain text
 
 
@@ -88,6 +90,14 @@ class Corpus:
             digest.update(json.dumps(asdict(document)).encode("utf-8"))
         return digest.hexdigest()
 
+    def held_out_part(self, part: Part) -> tuple[Document, ...]:
+        """The held-out documents that results are reported on, or those to choose settings on."""
+        return tuple(
+            document
+            for document in self.held_out
+            if (_place(document) < VALIDATION_SHARE) == (part == "validation")
+        )
+
 
 def require(name: str, data_dir: Path | None) -> None:
     """Raise UserError, without loading anything, if the corpus cannot be had."""
@@ -129,8 +139,13 @@ def load_corpus(name: str, data_dir: Path | None = None) -> Corpus:
 
 def is_held_out(document: Document) -> bool:
     """Whether a document belongs to the split that no training sees; decided by its text alone."""
+    return _place(document) < HELD_OUT_SHARE
+
+
+def _place(document: Document) -> float:
+    """In [0, 1), even over texts."""
     digest = hashlib.sha256(document.text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < HELD_OUT_SHARE
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def training_order(corpus: Corpus, seed: int, budget: int, piece_bytes: int) -> list[Document]:
@@ -173,14 +188,16 @@ def cut(document: Document, piece_bytes: int) -> Iterator[Document]:
     piece: list[Segment] = []
     room = piece_bytes
     for segment in document.segments:
-        rest = segment.text
-        while rest:
-            head, rest = _split(rest, room, must=not piece)
+        start, stop = 0, len(segment.text)
+        while start < stop:
+            head = _head(segment.text, start, room, must=not piece)
+            start += len(head)
             if head:
                 piece.append(replace(segment, text=head))
             room -= len(head.encode("utf-8")) + len(SEPARATOR)
-            if rest or room <= 0:
-                complete = document.complete and not rest and segment is document.segments[-1]
+            if start < stop or room <= 0:
+                at_end = start == stop and segment is document.segments[-1]
+                complete = document.complete and at_end
                 if piece:
                     yield Document(tuple(piece), complete)
                 piece, room = [], piece_bytes
@@ -188,19 +205,18 @@ def cut(document: Document, piece_bytes: int) -> Iterator[Document]:
         yield Document(tuple(piece), document.complete)
 
 
-def _split(text: str, room: int, *, must: bool) -> tuple[str, str]:
-    """The part of `text` that fits into `room` bytes, up to a space, and the rest.
+def _head(text: str, start: int, room: int, *, must: bool) -> str:
+    """What of `text` from `start` on fits into `room` bytes: all, or up to a space.
 
     A word longer than the room is split only if it `must` be, in an empty piece.
     """
-    data = text.encode("utf-8")
+    room = max(room, 0)
+    data = text[start : start + room + 1].encode("utf-8")  # no more can fit
     if len(data) <= room:
-        return text, ""
-    head = data[: max(room, 0)].decode("utf-8", errors="ignore")
+        return text[start:]
+    head = data[:room].decode("utf-8", errors="ignore")
     space = head.rfind(" ")
-    if space > 0 or not must:
-        head = head[: max(space, 0)]
-    return head, text[len(head) :]
+    return head[: max(space, 0)] if space > 0 or not must else head
 
 
 def _documents(name: str, data_dir: Path | None, skipped: Counter[str]) -> Iterator[Document]:
@@ -294,6 +310,7 @@ def _hub_rows(name: str, config: str | None) -> Iterable[dict[str, Any]]:
 
 
 def _jsonl_files(path: Path) -> list[Path]:
+    path = path.expanduser()
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [_existing(path)]
     if not files:
         raise UserError(f"train.corpus: folder {path} holds no *.jsonl file")

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from ctdbench.distill import rollouts
 from ctdbench.distill.corpus import Corpus, Document, cut, shuffled, training_order, within
+from ctdbench.distill.example_cache import cached_examples
 from ctdbench.distill.examples import Example, build_examples
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
@@ -60,8 +61,15 @@ def training_examples(
             documents, counts = teacher_documents(spec, corpus, teachers[0], progress=progress)
     else:
         documents = training_order(corpus, spec.seed, settings.budget, settings.document_bytes)
-    sides = [teacher.side for teacher in teachers]
-    examples, skipped = build_examples(documents, student, sides[0], settings.template, sides[1:])
+    with accelerator.main_process_first():
+        examples, skipped = cached_examples(
+            documents,
+            student,
+            [teacher.side for teacher in teachers],
+            settings.template,
+            workers=settings.workers,
+            progress=progress,
+        )
     skipped |= counts
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())

@@ -7,6 +7,7 @@ if the bytes of its tokens, joined, are the document's.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -56,21 +57,29 @@ class TokenBytes:
 
     vocabulary: index = token id, length = largest id + 1; b"" for special tokens and for ids that
     no token has. Added tokens that are not special have their bytes.
+    digest: SHA-256 of the tokenizer's whole description: vocabulary, merges, how it splits.
 
     Raises UserError for a tokenizer of another kind (WordPiece): its tokens do not spell the text.
     """
 
     vocabulary: list[bytes]
+    digest: str
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self._backend = type(backend).from_str(backend.to_str())
+        description = backend.to_str()
+        self.digest = hashlib.sha256(description.encode()).hexdigest()
+        self._backend = type(backend).from_str(description)
         self._backend.no_truncation()
         self._backend.no_padding()
         # A document that spells "<|im_end|>" is text about the token, not the token.
         self._backend.encode_special_tokens = True
         self.vocabulary = _vocabulary(self._backend)
         self._length = np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
+
+    def __reduce__(self) -> tuple[type[TokenBytes], tuple[Any]]:
+        """A pickled tokenizer forgets how it treats special tokens, so it is set up anew."""
+        return TokenBytes, (self._backend,)
 
     def encode(self, text: str | bytes) -> Encoding:
         """Tokenize one document, with no BOS or EOS.
