@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ctdbench import ops, registry
+from ctdbench import ops, pieces, registry
 from ctdbench.errors import UserError
 from ctdbench.rows import (
     Block,
@@ -91,11 +91,16 @@ class Needs:
         """Whether any teacher has to run."""
         return self.teacher_logits or self.bytes is not None
 
+    @property
+    def teacher_states(self) -> bool:
+        """Whether the teacher's states over the documents are read; the beam runs it by itself."""
+        return self.teacher_logits or self.bytes not in (None, "beam")
+
 
 class MethodOptions(BaseModel):
     """Base of every method's options: frozen, nothing unknown, every field described."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ce_weight: float = Field(
         1.0, ge=0, description="Weight of cross-entropy on the student's own tokens."
@@ -214,8 +219,14 @@ class Method:
 def cross_entropy(rows: Rows) -> Term:
     """Cross-entropy of the tokens that came, over the supervised rows: nats, and their number."""
     scored = rows.scored()
-    nll = nn.functional.cross_entropy(rows.scores()[scored], rows.token[scored], reduction="sum")
-    return Term(nll, scored.sum())
+    logits = rows.scores()
+    parts = pieces.by_rows(torch.nonzero(scored).squeeze(1), logits.shape[1])
+
+    def nll(number: int, scores: Tensor) -> dict[str, Tensor]:
+        label = rows.token[parts[number]]
+        return {"nll": nn.functional.cross_entropy(scores, label, reduction="sum")}
+
+    return Term(pieces.summed(nll, parts, logits)["nll"], scored.sum())
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> Method:

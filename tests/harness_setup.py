@@ -139,6 +139,7 @@ def make_step(
     weights: Sequence[float] = (1.0, 1.0, 1.0),
     balancing: Balance = "fixed",
     block_rows: int = 64,
+    compiled: bool = False,
 ) -> Step:
     found = create(method, options) if isinstance(method, str) else method
     return Step(
@@ -151,6 +152,7 @@ def make_step(
         weight=weights[0],
         block_rows=block_rows,
         balancing=balancing,
+        compiled=compiled,
     )
 
 
@@ -181,6 +183,7 @@ def run_spec(
         learning_rate=1e-2,
     )
     fixed = {"precision": "float32", "batch_documents": 8, "block_rows": 64, "budget": 2000}
+    fixed["teacher_cache"] = None  # the teachers here have one name and many weights
     settings = {**fixed, **settings}
     found = create(method, options)
     return RunSpec(

@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from harness_setup import batch_of, examples, llama_side
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctdbench.distill.batches import BUCKETS, Batch, bucket
+from ctdbench.distill.batches import BUCKETS, Batch, bucket, micro_batches
 from ctdbench.distill.blocks import pairs_per_document, plan_blocks, position_pairs
 from ctdbench.distill.examples import Example
 from ctdbench.method import Needs
@@ -40,6 +41,29 @@ def test_rows_are_the_tokens_after_the_first_in_document_order(
         assert (batch.student.document[rows] == index).all()
         place += size
     assert place == len(batch.student.token)
+
+
+def test_examples_of_one_padded_length_come_together_and_in_order(found: list[Example]) -> None:
+    groups = micro_batches(found, None, Accelerator(cpu=True), Needs())
+    lengths = [{bucket(len(example.student.chunk)) for example in group} for group in groups]
+    assert len(groups) > 1
+    assert lengths == [{length} for length in sorted(set.union(*lengths))]
+    places = [[found.index(example) for example in group] for group in groups]
+    assert sorted(place for group in places for place in group) == list(range(len(found)))
+    assert all(group == sorted(group) for group in places)
+
+
+@pytest.mark.parametrize(
+    ("size", "needs", "sizes"),
+    [(3, Needs(), [3, 3, 1]), (None, Needs(prepare="microbatch"), [7])],
+    ids=["as asked for", "a method that looks at all of it"],
+)
+def test_examples_come_together_whatever_their_length(
+    size: int | None, needs: Needs, sizes: list[int], found: list[Example]
+) -> None:
+    groups = micro_batches(found, size, Accelerator(cpu=True), needs)
+    assert [len(group) for group in groups] == sizes
+    assert [example for group in groups for example in group] == found
 
 
 def test_chunk_ids_run_over_the_batch(found: list[Example], batch: Batch) -> None:

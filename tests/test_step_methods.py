@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from shutil import which
 from typing import Any
 
 import pytest
 import torch
-from harness_setup import batch_of, examples, float64, float64_side, gradients, make_step
+from harness_setup import (
+    batch_of,
+    examples,
+    float64,
+    float64_side,
+    gradients,
+    llama_side,
+    make_step,
+)
 from torch import Tensor
 
 from ctdbench.distill.batches import Batch, SideBatch
@@ -92,3 +101,22 @@ def test_accumulation_leaves_the_gradient_unchanged(name: str, options: dict[str
     assert split.loss == pytest.approx(report.loss, rel=1e-6)
     for key, gradient in once.items():
         torch.testing.assert_close(parts[key], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (which("c++") or which("g++")), reason="there is no C++ compiler")
+@pytest.mark.parametrize("name", ["p-kl", "simct", "bld"])
+def test_compiled_terms_are_those_that_are_not(name: str) -> None:
+    """p-kl and simct compile; of bld the compiler takes a part."""
+    options = {"p-kl": {"vocab_topk": 100}, "bld": {"bytes": "mixed"}}.get(name, {})
+    batches = [batch_of(examples(llama_side("student"), llama_side("teacher")))]
+    found = []
+    for compiled in (False, True):
+        sides = {side: llama_side(side) for side in ("student", "teacher")}
+        step = make_step(name, options, **sides, block_rows=48, compiled=compiled)
+        found.append(gradients(step, batches))
+    (plain, expected), (report, made) = found
+    assert report.loss == pytest.approx(plain.loss, rel=1e-5)
+    for key, value in made.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-6, msg=key)
+    torch._dynamo.reset()

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ctdbench.distill.examples import AlignedSide, Example
+from ctdbench.method import Needs
 
 IntArray = NDArray[np.int64]
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -97,6 +99,30 @@ def collate(
         for index, pad in enumerate(other_pads)
     )
     return Batch(student, teacher, torch.from_numpy(counts), texts, others)
+
+
+def micro_batches(
+    examples: Sequence[Example], size: int | None, accelerator: Accelerator, needs: Needs
+) -> list[list[Example]]:
+    """The examples of a step as they share a forward pass: `size` together.
+
+    Without a size all of them do on a GPU, which wants large matrices; on a processor, which takes
+    as long for padding as for text, those that are padded to one length. Wrapped processes have to
+    run in step, and some methods look at a micro-batch as a whole: all come together there, too.
+    """
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if size is None and alone and needs.prepare != "microbatch":
+        return _by_length(examples)
+    size = size or len(examples)
+    return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def _by_length(examples: Sequence[Example]) -> list[list[Example]]:
+    """In groups whose student sides are padded to one length; in order within each."""
+    groups: dict[int, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(bucket(len(example.student.chunk)), []).append(example)
+    return [groups[length] for length in sorted(groups)]
 
 
 def bucket(length: int) -> int:

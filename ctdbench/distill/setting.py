@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from ctdbench import atomic
 from ctdbench.cache import cache_dir
 from ctdbench.distill import models, rollouts
 from ctdbench.distill.batches import Batch
@@ -96,10 +96,9 @@ def cached_edit_map(
     key = hashlib.sha256(content.encode()).hexdigest()
     path = cache_dir() / "edit_maps" / f"{key}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"map": minimum_edit_map(queries, others, special_pairs)}, temporary)
-        temporary.replace(path)
+        found = minimum_edit_map(queries, others, special_pairs)
+        with atomic.new_file(path) as temporary:
+            save_file({"map": found}, temporary)
     return load_file(path)["map"]  # type: ignore[no-any-return]
 
 
@@ -162,9 +161,8 @@ def save_modules(spec: RunSpec, setting: Setting, network: Network, folder: Path
         for key, tensor in network.extra[name].state_dict().items()
     }
     if kept:
-        temporary = folder / f"{MODULES}.tmp"
-        safetensors.torch.save_file(kept, temporary)
-        temporary.replace(folder / MODULES)
+        with atomic.new_file(folder / MODULES) as temporary:
+            safetensors.torch.save_file(kept, temporary)
 
 
 def _optimizer(spec: RunSpec, network: Network, extras: dict[str, Trainable]) -> torch.optim.AdamW:
@@ -194,7 +192,8 @@ def record(
 ) -> dict[str, Any]:
     """How terms were balanced, in what precision, how sides rendered prompts, what W reaches.
 
-    projection: share of the teacher's columns, and of the probability that it gives on `sample`.
+    teacher_states: whether they were read from disk or made at every step. projection: share of
+    the teacher's columns, and of the probability that it gives on `sample`.
     """
     sides = {"student": setting.student}
     sides |= {
@@ -208,6 +207,8 @@ def record(
     }
     for index, guide in enumerate(guides(setting)):
         assert guide.teacher is not None
+        if setting.method.needs.teacher_states:
+            setup[f"teacher_states{guide.suffix}"] = "stored" if guide.teacher.stored else "live"
         if guide.tables.projection_used:
             laid = [(batch, *batch.others)[index] for batch in sample]
             sizes = torch.tensor([float(len(batch.teacher.position)) for batch in laid])

@@ -28,7 +28,7 @@ from ctdbench.distill import balance
 from ctdbench.distill.batches import Batch
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
-from ctdbench.distill.view import CE, Guide, Network, View
+from ctdbench.distill.view import CE, Guide, Network, Terms, View
 from ctdbench.errors import RunError
 from ctdbench.method import Method, PairTables, Scalars, Term
 
@@ -100,11 +100,13 @@ class Step:
         precision: str = "float32",
         block_rows: int = 512,
         balancing: Balance = "fixed",
+        compiled: bool = False,
     ) -> None:
         """network: a `Network`, wrapped by `accelerator.prepare` or not. weight: the teacher's.
 
-        others: further teachers; batches then carry `Batch.others`. Raises UserError where gradmag
-        has no parameters to take its norms on.
+        others: further teachers; batches then carry `Batch.others`. compiled: run the method's
+        terms through torch.compile. Raises UserError where gradmag has no parameters to take its
+        norms on.
         """
         self.wrapped = network
         self.network: Network = accelerator.unwrap_model(network)
@@ -114,6 +116,7 @@ class Step:
         self.precision = precision
         self.block_rows = block_rows
         self.balancing = balancing
+        self._terms = _compiled(method.terms) if compiled else method.terms
         self._layer = balance.last_layer(self.network.model) if balancing == "gradmag" else []
 
     @property
@@ -166,7 +169,16 @@ class Step:
     def _views(self, batch: Batch, *, idle: bool) -> list[View]:
         laid = (batch, *batch.others)
         return [
-            View(each, guide, self.network, self.method, self.precision, self.block_rows, idle)
+            View(
+                each,
+                guide,
+                self.network,
+                self.method,
+                self.precision,
+                self.block_rows,
+                self._terms,
+                idle,
+            )
             for each, guide in zip(laid, self.guides, strict=True)
         ]
 
@@ -409,6 +421,12 @@ class Step:
         if not math.isfinite(loss):
             raise RunError(f"the loss is not finite ({means})", "lower train.learning_rate")
         return StepReport(loss, means, {name: weights.get(name, 0.0) for name in means})
+
+
+def _compiled(terms: Terms) -> Terms:
+    """What the compiler cannot take runs as it is."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(terms, dynamic=True)  # block sizes vary
 
 
 def _check_counts(expected: Mapping[str, float], seen: Mapping[str, float]) -> None:

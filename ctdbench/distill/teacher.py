@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import os
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctdbench import ops
+from ctdbench import atomic, ops
 from ctdbench.cache import cache_dir
 from ctdbench.distill import models
 from ctdbench.distill.batches import Batch, SideBatch
 from ctdbench.distill.byte_beam import beam_distributions
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import autocast
+from ctdbench.distill.teacher_cache import StoredStates
 from ctdbench.errors import UserError
 from ctdbench.method import Needs
 from ctdbench.text.vocabulary import ByteTrie
 
-ROWS_AT_A_TIME = 256  # rows whose probabilities over the whole vocabulary exist at a time
+ROWS_AT_A_TIME = 64  # rows whose probabilities over the whole vocabulary exist at a time
 
 
 class Teacher:
-    """A live teacher. It never gets a gradient and stays outside the student's wrapper."""
+    """A frozen teacher: it never gets a gradient and stays outside the student's wrapper.
+
+    stored: states on disk that spare its body where they hold a batch's documents.
+    """
 
     def __init__(self, side: Side, trie: ByteTrie, precision: str, identity: str) -> None:
         """`identity` names the model's content; the cache of beam distributions depends on it."""
@@ -33,13 +36,19 @@ class Teacher:
         self.precision = precision
         self.identity = identity
         self.columns = len(side.tokens.vocabulary)
+        self.stored: StoredStates | None = None
         side.model.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def hidden(self, batch: SideBatch) -> Tensor:
         """States that the head reads, [B * L, d]."""
-        with autocast(batch.ids.device, self.precision):
-            return models.hidden_states(self.side.model, batch.ids, batch.mask).flatten(0, 1)
+        known = self.stored.read(batch, self.side.width) if self.stored else None
+        return self.live(batch.ids, batch.mask).flatten(0, 1) if known is None else known
+
+    @torch.no_grad()
+    def live(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The same, computed now: [B, L, d] for ids and mask [B, L]."""
+        with autocast(ids.device, self.precision):
+            return models.hidden_states(self.side.model, ids, mask)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -104,8 +113,6 @@ class Teacher:
                 "use method.bytes=mixed",
             )
         rows = beam_distributions(self.side.model, self.trie, text, [bos])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"bytes": rows}, temporary)
-        temporary.replace(path)
+        with atomic.new_file(path) as temporary:
+            save_file({"bytes": rows}, temporary)
         return rows

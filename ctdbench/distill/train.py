@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ctdbench import atomic
 from ctdbench.distill import checkpoint
-from ctdbench.distill.batches import Batch, collate
+from ctdbench.distill.batches import Batch, collate, micro_batches
 from ctdbench.distill.examples import Example
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.setting import Setting, balancing, build_network, derived_seed, record
 from ctdbench.distill.sources import OnPolicy, training_examples
 from ctdbench.distill.step import Step, StepReport
+from ctdbench.distill.teacher_cache import store_states
+from ctdbench.distill.termination import deferred_sigterm
 from ctdbench.distill.view import Network
-from ctdbench.errors import RunError
-from ctdbench.results import write_jsonl_atomic
+from ctdbench.errors import RunError, Terminated, UserError
+from ctdbench.results import CHECKPOINTS, METRICS, write_jsonl_atomic
 from ctdbench.spec import RunSpec
-
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -90,6 +91,7 @@ def train(
         accelerator,
         progress=progress and accelerator.is_main_process,
     )
+    _store_teacher_states(spec, setting, examples, accelerator, progress=progress)
     prepared = time.monotonic()
     batches = list(_global_batches(examples, spec.train.batch_documents))
     network, optimizer = build_network(spec, setting)
@@ -106,6 +108,7 @@ def train(
         precision=resolve(spec.train.precision, accelerator.device),
         block_rows=spec.train.block_rows,
         balancing=balancing(spec, setting.method),
+        compiled=spec.train.compile,
     )
     writer = OnPolicy.of(spec, setting.student, network.model, teachers, accelerator.device)
     loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer)
@@ -137,29 +140,31 @@ class _Loop:
         self.folder, self.done, self.steps = folder, done, steps
         self.accelerator = step.accelerator
         self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.metrics = _Metrics(folder / METRICS, done.step, self.accelerator.is_main_process)
 
     def run(self, batches: Sequence[list[Example]], *, progress: bool) -> None:
         from tqdm import tqdm
 
-        metrics = _Metrics(self.folder / METRICS, self.done.step, self.accelerator.is_main_process)
         tokens = sum(len(example.student.chunk) for batch in batches for example in batch)
         label = f"{self.spec.method} on {self.spec.pair.name}"
-        with tqdm(
+        bar = tqdm(
             total=tokens,
             initial=self.done.student_tokens,
             desc=label,
             unit="tok",
             unit_scale=True,
             disable=not progress,
-        ) as bar:
+        )
+        with bar, deferred_sigterm() as was_asked_to_stop:
             for examples in batches[self.done.step :]:
                 before = self.done.student_tokens
-                values = self._optimise(examples)
+                with self._naming(examples):
+                    values = self._optimise(examples)
                 counters = {k: v for k, v in asdict(self.done).items() if k != "generated"}
-                metrics.write({**counters, **values})
+                self.metrics.write({**counters, **values})
                 bar.update(self.done.student_tokens - before)
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-                self._checkpoint()
+                self._checkpoint(stop=was_asked_to_stop())
 
     def _optimise(self, examples: list[Example]) -> dict[str, float]:
         started = time.monotonic()
@@ -208,20 +213,47 @@ class _Loop:
 
     def batches(self, mine: Sequence[Example]) -> list[Batch]:
         """Examples as micro-batches on this process's device."""
-        size = self.spec.train.micro_batch or len(mine)
         sides = [self.setting.student, *(teacher.side for teacher in self.setting.teachers)]
         pads = [side.specials.pad or 0 for side in sides]
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        size, needs = self.spec.train.micro_batch, self.setting.method.needs
+        parts = micro_batches(mine, size, self.accelerator, needs)
         return [collate(part, *pads).to(self.accelerator.device) for part in parts]
 
-    def _checkpoint(self) -> None:
-        every = self.spec.train.checkpoint_every
-        if every and self.done.step % every == 0 and self.done.step < self.steps:
+    def _checkpoint(self, *, stop: bool) -> None:
+        """Where one is due: every so many steps, before the evaluation, and before stopping."""
+        stop = self.step.reduced({"stop": float(stop)})["stop"] > 0  # all processes, or none
+        every, step = self.spec.train.checkpoint_every, self.done.step
+        if stop or (every and (step % every == 0 or step == self.steps)):
             if self.accelerator.is_main_process:
+                self.metrics.flush()
                 folder = self.folder / CHECKPOINTS
-                network = self.step.network
-                checkpoint.save(folder, network, self.optimizer, asdict(self.done))
+                checkpoint.save(folder, self.step.network, self.optimizer, asdict(self.done))
             self.accelerator.wait_for_everyone()
+        if stop:
+            raise Terminated(
+                f"stopped by SIGTERM after step {step} of {self.steps}, with a checkpoint",
+                "the same command goes on from there",
+            )
+
+    @contextmanager
+    def _naming(self, examples: Sequence[Example]) -> Iterator[None]:
+        """What breaks within a step is told with the step and the documents of its batch."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, RunError):
+                raise
+            told, hint = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", ""
+            if isinstance(error, RunError):
+                told, hint = error.message, error.hint
+            first = self.done.step * self.spec.train.batch_documents + 1
+            texts = [repr(example.text[:24].decode(errors="ignore")) for example in examples]
+            shown = ", ".join(texts[:4]) + ", ..." * (len(texts) > 4)
+            raise RunError(
+                f"method {self.spec.method}: {told}, at step {self.done.step + 1} on documents "
+                f"{first} to {first + len(texts) - 1} in their order ({shown})",
+                hint,
+            ) from error
 
 
 class _Metrics:
@@ -231,13 +263,29 @@ class _Metrics:
         self.path = path
         self.active = active
         if active:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            write_jsonl_atomic(path, map(json.loads, lines[:step]))
+            write_jsonl_atomic(path, self._until(step))
 
     def write(self, values: dict[str, Any]) -> None:
         if self.active:
-            with self.path.open("a", encoding="utf-8") as stream:
+            with atomic.writing(self.path), self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
+
+    def flush(self) -> None:
+        """No checkpoint may outlive a power cut that the lines before it do not."""
+        with self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    def _until(self, step: int) -> list[dict[str, Any]]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if step else []
+            if len(lines) < step:
+                raise ValueError(f"it has {len(lines)} lines, the checkpoint is of step {step}")
+            return list(map(json.loads, lines[:step]))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.path} does not belong to its checkpoint ({error})",
+                f"delete {self.path.parent} to compute the cell again",
+            ) from error
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -248,6 +296,27 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(steps - rising, 1)
 
 
+def _store_teacher_states(
+    spec: RunSpec,
+    setting: Setting,
+    examples: Sequence[Example],
+    accelerator: Accelerator,
+    *,
+    progress: bool,
+) -> None:
+    """Let the teachers read their states of the documents from disk, as far as settings allow.
+
+    What the student writes is not known beforehand.
+    """
+    limit = spec.train.teacher_cache
+    if limit is None or spec.train.on_policy or not setting.method.needs.teacher_states:
+        return
+    laid = [[example, *example.others] for example in examples]
+    for teacher, documents in zip(setting.teachers, zip(*laid, strict=True), strict=True):
+        tokens = [document.teacher.sequence.ids for document in documents]
+        store_states(teacher, tokens, limit, accelerator, progress=progress)
+
+
 def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(examples), size):
         yield list(examples[start : start + size])
@@ -256,9 +325,8 @@ def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Exa
 def _report(
     done: Progress, setting: Setting, network: Network, skipped: dict[str, int]
 ) -> TrainReport:
-    """FLOPs (Kaplan et al.): 6 x parameters x tokens for the student, 2 x for live teachers.
-
-    Generating text is not in them.
+    """FLOPs (Kaplan et al.): 6 x parameters x tokens for the student, 2 x for the teachers, as if
+    no other run had stored their states. Generating text is not in them.
     """
     student = sum(p.numel() for p in network.model.parameters())
     sizes = [sum(p.numel() for p in t.side.model.parameters()) for t in setting.teachers]

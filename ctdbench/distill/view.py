@@ -8,7 +8,7 @@ what must be known of every view before any gradient is taken (`prepared`, `scal
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from ctdbench.distill.teacher import Teacher
 from ctdbench.method import Block, Method, PairTables, Rows, Scalars, SideName, Term, cross_entropy
 
 CE = "ce"
+Terms = Callable[[Block, Mapping[str, nn.Module]], dict[str, Term]]
 
 
 class Network(nn.Module):
@@ -74,9 +75,10 @@ class Guide:
 class View:
     """One micro-batch laid against one teacher.
 
-    blocks: none for a process that only runs along. states: the teacher's, [B * L, d]. bytes: its
-    byte distributions. prepared: what `Method.prepare` made of its rows. scalars: the teacher's,
-    for a method of that kind; totals: `Method.totals` over everything.
+    blocks: none for a process that only runs along. terms: the method's own, compiled or not.
+    states: the teacher's, [B * L, d]. bytes: its byte distributions. prepared: what
+    `Method.prepare` made of its rows. scalars: the teacher's, for a method of that kind; totals:
+    `Method.totals` over everything.
     """
 
     batch: Batch
@@ -85,6 +87,7 @@ class View:
     method: Method
     precision: str
     block_rows: int
+    terms: Terms
     idle: bool = False
     states: Tensor | None = None
     bytes: Tensor | None = None
@@ -197,7 +200,7 @@ class View:
         needs = self.method.needs
         if not needs.teacher or needs.kind == "scalars":  # whose scalars are known by now
             return
-        if needs.teacher_logits or needs.bytes != "beam":
+        if needs.teacher_states:
             self.load_states()
         if needs.bytes is not None:
             live = None if needs.bytes == "beam" else self.states
@@ -213,7 +216,7 @@ class View:
             block = self.block(rows, student)
             terms = {} if self.guide.suffix else {CE: cross_entropy(block.student)}
             if self.method.needs.kind == "blocks":
-                own = self.method.terms(block, self.modules)
+                own = self.terms(block, self.modules)
                 terms |= {name + self.guide.suffix: term for name, term in own.items()}
         return terms
 

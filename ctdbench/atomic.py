@@ -1,0 +1,118 @@
+"""Files and folders that are there whole or not at all, even after a power cut.
+
+Written under a temporary name, flushed to the disk, renamed, and then the folder with the name is
+flushed. A killed process leaves at most a temporary name behind, which no reader takes for a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ctdbench.errors import RunError
+
+_REFUSED = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")
+)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`path` holds all of the data, or what it held before; raises RunError as `writing` does."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file to, which becomes `path` at the end.
+
+    On an error `path` stays as it was. Raises RunError as `writing` does.
+    """
+    temporary = _temporary(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` at the end, unless another one came first."""
+    temporary = _temporary(path)
+    with writing(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                _flush(entry)
+            _rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _flush(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError naming `path` where the disk is full, read-only, or not the user's."""
+    try:
+        yield
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None or isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"cannot write {path}: {reason}", "make room or choose another place, then run it again"
+        ) from error
+
+
+def refusal(error: Exception) -> str | None:
+    """Why the system let nothing be written, if that is what the error says.
+
+    safetensors and tokenizers raise exceptions of their own with the system's number in the text.
+    """
+    stated = re.search(r"\(os error (\d+)\)", str(error))
+    number: int | None = int(stated[1]) if stated else getattr(error, "errno", None)
+    return os.strerror(number) if number is not None and number in _REFUSED else None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left below a folder that no other process writes to."""
+    for path in sorted(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Random, because process numbers repeat on the machines that share a folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _rename(folder: Path, path: Path) -> None:
+    try:
+        folder.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def _flush(path: Path) -> None:
+    """A folder holds the names in it: a rename is safe once the folder is flushed, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
