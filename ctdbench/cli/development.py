@@ -1,14 +1,17 @@
-"""Commands for those who add to the suite: check a method, write the embedded corpus anew."""
+"""Commands for those who add to the suite: check a method, measure what methods cost, write the
+embedded corpus anew."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ctdbench.cli.application import Debug, Plugins, app
 from ctdbench.errors import UserError
+
+SMALLEST_VOCABULARY = 1024  # for all bytes, and words beside them
 
 
 @app.command()
@@ -41,6 +44,85 @@ def check(
 
     if not conformance.run(spec, typer.echo, debug=debug):
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    methods: Annotated[
+        str, typer.Option(help="Rows separated by commas: sft,bld[path],gold+ce; or all.")
+    ] = "all",
+    vocabulary: Annotated[
+        str, typer.Option(help="Tokens of the student's and of the teacher's vocabulary.")
+    ] = "128000,151646",
+    rows: Annotated[int, typer.Option(min=1, help="Predictions on both sides.")] = 256,
+    end_to_end: Annotated[
+        str | None,
+        typer.Option(metavar="PAIR", help="Measure training steps on this pair instead of losses."),
+    ] = None,
+    alignment: Annotated[
+        str | None,
+        typer.Option(metavar="PAIR", help="Measure aligning this pair's tokens instead."),
+    ] = None,
+    documents: Annotated[
+        int, typer.Option(min=1, help="With --end-to-end: documents of a step.")
+    ] = 4,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="With --end-to-end: teacher states from disk.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians of so many.")] = 7,
+    format_name: Annotated[
+        Literal["terminal", "json"], typer.Option("--format", help="terminal or json.")
+    ] = "terminal",
+    plugin: Plugins = None,
+    debug: Debug = False,
+) -> None:
+    """Measure what methods cost: milliseconds and extra memory, and the ratio to the bare cost.
+
+    Losses on random predictions, beside the softmax of both sides and cross-entropy's gradient; or
+    training steps (--end-to-end), beside the teacher's forward and the student's own step; or how
+    much text a second is aligned (--alignment).
+    """
+    from ctdbench import registry, request
+    from ctdbench.launch import grid
+
+    for path in plugin or []:
+        registry.add_plugin(path)
+    names = grid.all_rows() if methods == "all" else methods.split(",")
+    sizes, specs = _sizes(vocabulary), {}
+    for name in names:
+        method, options = grid.parse_row(name)
+        if end_to_end:
+            cell = {"method": method, "pair": end_to_end, "options": options}
+            specs[name] = request.build_spec(cell)
+    import torch
+
+    from ctdbench.launch.bench import costs, losses
+    from ctdbench.launch.bench import end_to_end as steps
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if alignment is not None:
+        from ctdbench.launch.bench import alignment as aligning
+
+        rates = aligning.bench_alignment(registry.load_pair(alignment), repeats, progress=True)
+        typer.echo(aligning.render(alignment, rates, format_name), nl=False)
+        return
+    if specs:
+        resolved = {name: request.resolve_options(spec) for name, spec in specs.items()}
+        found = steps.bench_steps(resolved, documents, repeats, cached=cached, progress=True)
+    else:
+        found = losses.bench_losses(names, sizes, rows, repeats, progress=True)
+    typer.echo(costs.render(found, format_name), nl=False)
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    sizes = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if len(sizes) != 2 or min(sizes) < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocabulary {text}", f"give two numbers from {SMALLEST_VOCABULARY} on: 32768,49152"
+        )
+    return sizes[0], sizes[1]
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""What methods cost, against the least that distillation can: a loss alone, and a training step."""

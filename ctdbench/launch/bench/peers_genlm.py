@@ -1,0 +1,127 @@
+"""genlm-bytes' beam over a model's tokens and our estimators of its byte distributions.
+
+All read SmolLM2-135M from its wheel, in float32. Their beam runs as their README calls it:
+`logp_next`, then prune, then the next byte; specials count as its end of text, as in ours. Building
+the vocabulary's trie is left out on both sides (theirs takes seconds), and theirs starts every
+repeat with an empty cache. How good an estimate is: mean Jensen-Shannon divergence, in bits, from
+our beam at a width of 60 that prunes below 0.0001.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctdbench import ops, registry
+from ctdbench.distill import models
+from ctdbench.distill.byte_beam import beam_distributions
+from ctdbench.distill.models import Side
+from ctdbench.evaluate.divergence import jensen_shannon
+from ctdbench.launch.bench.measure import interleaved
+from ctdbench.launch.bench.peers_comparison import Comparison, Settings, missing, threads
+from ctdbench.text.vocabulary import ByteTrie
+
+TEXT = (
+    b"Maya bought three notebooks and a box of twelve pencils before her first day of school. "
+    b"The shop on Harbour Street had raised its prices in June, so she paid 14.60 euros, 2.35 more "
+    b"than last year, and walked home along the river to save the bus fare."
+)
+WIDTH, PRUNE = 10, 0.01
+WIDE_WIDTH, WIDE_PRUNE = 60, 1e-4
+TARGETS = {"path": (100.0, False), "beam": (5.0, True)}  # speed; divergence as theirs at most
+THEIRS = "genlm-bytes"
+
+Estimator = Callable[[], Tensor]  # -> [bytes, 257]
+
+
+def compare(settings: Settings) -> list[Comparison]:
+    """`path` and `beam` beside their beam."""
+    side = models.load_side(registry.load_pair("smol-mistral").teachers[0])
+    trie, text = ByteTrie(side.tokens.vocabulary), TEXT[: settings.beam_bytes]
+    with threads(1), asyncio.Runner() as runner, torch.no_grad():
+        estimators: dict[str, Estimator] = {
+            "path": lambda: path(side, trie, text),
+            "beam": lambda: beam(side, trie, text, width=WIDTH, prune=PRUNE),
+            THEIRS: genlm_beam(side, text, runner),
+        }
+        wide = beam(side, trie, text, width=WIDE_WIDTH, prune=WIDE_PRUNE)
+        apart = {
+            name: float(jensen_shannon(estimate(), wide).mean())
+            for name, estimate in estimators.items()
+        }
+        timings = interleaved(estimators, settings.beam_repeats)
+    rates = {name: len(text) / timing.median for name, timing in timings.items()}
+    size = f"{len(text)} bytes, {settings.beam_repeats} repeats, 1 thread"
+    return [
+        Comparison(
+            f"bld {name} (genlm-bytes' beam)",
+            (timings[name], timings[THEIRS]),
+            least,
+            f"{rates[name]:.2f} bytes/s (ours), {rates[THEIRS]:.2f} (theirs); mean divergence from "
+            f"a wide beam {apart[name]:.3e} bits (ours), {apart[THEIRS]:.3e} (theirs); {size}",
+            divergence=apart[name] / apart[THEIRS],
+            bounded=bounded,
+        )
+        for name, (least, bounded) in TARGETS.items()
+    ]
+
+
+def beam(side: Side, trie: ByteTrie, text: bytes, *, width: int, prune: float) -> Tensor:
+    """Our beam."""
+    assert side.specials.bos is not None
+    bos = [side.specials.bos]
+    return beam_distributions(side.model, trie, text, bos, width=width, prune=prune)
+
+
+def path(side: Side, trie: ByteTrie, text: bytes) -> Tensor:
+    """One forward over the text's own tokens."""
+    encoding = side.tokens.encode(text)
+    tokens = torch.from_numpy(encoding.ids)
+    ids = torch.cat([torch.tensor([side.specials.bos]), tokens[:-1]])[None]
+    states = models.hidden_states(side.model, ids, torch.ones_like(ids))[0]
+    return ops.byte_distributions(
+        trie,
+        models.logits(side.model, states, trie.size).softmax(-1),
+        tokens,
+        torch.from_numpy(encoding.byte_end - encoding.byte_start),
+        torch.zeros_like(tokens),
+        estimator="path",
+    )
+
+
+def genlm_beam(side: Side, text: bytes, runner: asyncio.Runner) -> Estimator:
+    """Their beam, with the trie of the vocabulary built."""
+    try:
+        from genlm.backend.llm import AsyncTransformer  # type: ignore[import-not-found]
+        from genlm.bytes import BeamParams, ByteBeamState  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise missing(error) from error
+    model = AsyncTransformer(side.model, side.tokenizer)
+    specials = [
+        model.byte_vocab[place].byte_string
+        for place, token in enumerate(side.tokens.vocabulary)
+        if not token
+    ]
+    settings = BeamParams(K=WIDTH, prune_threshold=PRUNE, eos_byte_strings=specials)
+    start = runner.run(ByteBeamState.initial(model, settings))
+
+    def run() -> Tensor:
+        model.clear_cache()
+        return runner.run(_distributions(start, text))
+
+    return run
+
+
+async def _distributions(state: Any, text: bytes) -> Tensor:
+    """[bytes, 257]: theirs has the end of a token at 256, which is always empty, and that of the
+    text at 257."""
+    rows = []
+    for byte in text:
+        rows.append((await state.logp_next()).ps)
+        state = await (state.prune() << byte)
+    return torch.from_numpy(np.delete(np.exp(np.array(rows)), 256, axis=1))
