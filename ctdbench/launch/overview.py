@@ -1,0 +1,100 @@
+"""A sweep as text: its cells, what they will take, what tuning said, what would fail."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ctdbench.errors import UserError
+from ctdbench.launch.estimate import SAMPLES, Estimate
+from ctdbench.launch.grid import key_of
+from ctdbench.launch.preflight import Scarce, estimated
+from ctdbench.launch.sweep import RUNS, Place, Sweep
+from ctdbench.results import State
+from ctdbench.spec import format_bytes
+
+SHOWN: dict[State, str] = {"absent": "missing"}  # how a person calls a state
+AFTER_TRIALS, UNKNOWN = "after its trials", "?"
+HEADER = ("", "state", "FLOPs", "memory")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """due: whether the sweep would run it."""
+
+    title: str
+    state: str
+    due: bool
+    cost: Estimate | None
+
+
+def overview(sweep: Sweep, problems: Sequence[UserError]) -> str:
+    """Every cell with its state and cost, as far as all that they need is there, and what fails."""
+    is_known = all(isinstance(problem, Scarce) for problem in problems)
+    rows = list(_known(sweep) if is_known else _unknown(sweep))
+    counts = Counter(row.state for row in rows)
+    listed = ", ".join(f"{count} {state}" for state, count in counts.items())
+    lines = [*_aligned(rows), "", f"{len(rows)} cells: {listed}", *_due(rows)]
+    lines += tuning(sweep) if is_known else []
+    lines += [f"would fail: {problem}" for problem in problems]
+    return "\n".join(lines) + "\n"
+
+
+def tuning(sweep: Sweep) -> Iterator[str]:
+    """What the trials that are done said, row by row."""
+    for line, found in zip(sweep.lines, sweep.tuned(), strict=True):
+        if line.tuning is not None and found.scores:
+            told = ", ".join(f"{score:.4g} at {value}" for value, score in found.scores.items())
+            chosen = "not decided" if found.why else found.value
+            yield f"{line.title}: {line.tuning.field} {chosen} ({line.tuning.select}: {told})"
+
+
+def _known(sweep: Sweep) -> Iterator[_Row]:
+    yield from (_row(place.title, place, sweep) for place in sweep.trials)
+    found = {key_of(place.cell.spec): place for place in sweep.finals()}
+    for line, tuned in zip(sweep.lines, sweep.tuned(), strict=True):
+        for cell in line.finals(tuned.value):
+            if tuned.why:
+                due = "absent" in RUNS[sweep.when]
+                yield _Row(cell.title, AFTER_TRIALS, due, estimated(cell.spec))
+            else:
+                yield _row(cell.title, found[cell.key], sweep)
+
+
+def _row(title: str, place: Place, sweep: Sweep) -> _Row:
+    state = place.state
+    due = state in RUNS[sweep.when]
+    return _Row(title, SHOWN.get(state, state), due, estimated(place.cell.spec))
+
+
+def _unknown(sweep: Sweep) -> Iterator[_Row]:
+    for line in sweep.lines:
+        cells = [*line.trials, *line.finals()]
+        yield from (_Row(cell.title, UNKNOWN, False, None) for cell in cells)
+
+
+def _due(rows: Sequence[_Row]) -> Iterator[str]:
+    """What the cells that would run take together, as far as it is known."""
+    costs = [row.cost for row in rows if row.due and row.cost is not None]
+    if costs:
+        memory, disk = (max(getattr(cost, of) for cost in costs) for of in ("memory", "disk"))
+        yield (
+            f"{len(costs)} to run, about {sum(cost.flops for cost in costs):.2g} FLOPs of "
+            f"training; each at most {format_bytes(memory)} of memory and {format_bytes(disk)} of "
+            f"disk while it runs; {format_bytes(len(costs) * SAMPLES)} of disk to keep"
+        )
+
+
+def _aligned(rows: Sequence[_Row]) -> Iterator[str]:
+    cells = [HEADER, *map(_texts, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for texts in cells:
+        padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
+        yield "  ".join(padded).rstrip()
+
+
+def _texts(row: _Row) -> tuple[str, ...]:
+    cost = row.cost
+    costs = (f"{cost.flops:.1e}", format_bytes(cost.memory)) if cost else ("-", "-")
+    return (row.title, row.state, *costs)
