@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from ctdbench.distill import teacher_cache
 from ctdbench.distill.examples import Example, build_examples
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.teacher_cache import StoredStates, store_states
+from ctdbench.method import Needs
 
 CPU = torch.device("cpu")
 PLENTY = 10**9
+HEAD_ALONE = Needs()
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +57,11 @@ def made(count: int) -> list[Example]:
     return examples(llama_side("student"), llama_side("teacher"), count)
 
 
-def store(teacher: Teacher, found: Sequence[Example], limit: int = PLENTY) -> None:
+def store(
+    teacher: Teacher, found: Sequence[Example], limit: int = PLENTY, needs: Needs = HEAD_ALONE
+) -> None:
     tokens = [example.teacher.sequence.ids for example in found]
-    store_states(teacher, tokens, limit, Accelerator(cpu=True))
+    store_states(teacher, tokens, needs, limit, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -71,6 +76,18 @@ def test_logits_from_stored_states_are_those_from_live_ones(precision: str) -> N
         rows = batch.position
         expected = live.logits(live.hidden(batch)[rows])
         assert torch.equal(stored.logits(stored.hidden(batch)[rows]), expected)
+
+
+def test_states_that_a_method_reads_itself_are_not_rounded() -> None:
+    side = llama_side("teacher")
+    live, stored = (Teacher(side, teacher_of(side).trie, "bfloat16", "one") for _ in range(2))
+    found = made(1)
+    store(stored, found, needs=Needs(teacher_hidden=True))
+    batch = batch_of(found).teacher
+    rows = batch.position
+    assert torch.equal(stored.hidden(batch)[rows], live.hidden(batch)[rows])
+    store(stored, found)
+    assert not torch.equal(stored.hidden(batch)[rows], live.hidden(batch)[rows])
 
 
 def test_documents_of_any_batch_are_read_back_in_their_places(calls: list[int]) -> None:
@@ -108,7 +125,7 @@ def test_more_than_the_limit_is_not_stored(tmp_path: Path, calls: list[int]) -> 
     taught = teacher_of(llama_side("teacher"))
     found = made(4)
     tokens = sum(len(example.teacher.sequence.ids) for example in found)
-    size = StoredStates.of(taught, CPU).size(tokens, taught.side.width)
+    size = StoredStates.of(taught, HEAD_ALONE, CPU).size(tokens, taught.side.width)
     assert size == tokens * taught.side.width * 4
     store(taught, found, limit=size - 1)
     assert taught.stored is None
@@ -117,6 +134,30 @@ def test_more_than_the_limit_is_not_stored(tmp_path: Path, calls: list[int]) -> 
     store(taught, found, limit=size)
     (path,) = (tmp_path / "cache").rglob("*.safetensors")
     assert size < path.stat().st_size < size + 1000
+
+
+def test_what_is_stored_already_takes_no_more_room(
+    monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    found = made(4)
+    store(teacher_of(llama_side("teacher")), found)
+    del calls[:]
+    monkeypatch.setattr(teacher_cache, "_free", lambda folder: 0)
+    again = teacher_of(llama_side("teacher"))
+    store(again, found)
+    assert again.stored is not None
+    store(again, found[:2])
+    assert not calls
+
+
+def test_a_full_disk_leaves_the_teacher_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache, "save_file", full)
+    taught = teacher_of(llama_side("teacher"))
+    store(taught, made(3))
+    assert taught.stored is None
 
 
 def test_shards_stay_small(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
@@ -151,7 +192,7 @@ def test_stores_differ_by_teacher_and_precision() -> None:
     trie = teacher_of(side).trie
     named = [("one", "float32"), ("two", "float32"), ("one", "bfloat16")]
     folders = {
-        StoredStates.of(Teacher(side, trie, precision, identity), CPU).folder
+        StoredStates.of(Teacher(side, trie, precision, identity), HEAD_ALONE, CPU).folder
         for identity, precision in named
     }
     assert len(folders) == 3

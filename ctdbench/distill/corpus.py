@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ class Corpus:
     held_out: tuple[Document, ...]
     skipped: dict[str, int]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every document in order."""
         digest = hashlib.sha256()

@@ -1,9 +1,9 @@
 """A teacher's last hidden states on disk, so that a grid of cells pays its body once.
 
 States are kept by the tokens of a document, whatever corpus or order it came in. The head is not
-run here: logits are made block by block from the stored states, as from live ones. Under bfloat16
-autocast states are stored in bfloat16, which is what the head multiplies in anyway, else in
-float32; so logits from a stored state are bit-equal to those from the state that was stored.
+run here: logits are made block by block from the stored states, as from live ones. Where only the
+head reads them, under bfloat16 autocast, they are stored in bfloat16, in which it multiplies
+anyway; else in float32. So what is made of a stored state is bit-equal to what was stored.
 
 FOLDER/<digest>.safetensors holds `states` [n, d], `keys` [k, 32] (SHA-256 of every document's
 tokens) and `ends` [k] (of its rows). Files are memory-mapped and only ever added.
@@ -15,11 +15,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,6 +30,9 @@ from torch import Tensor
 from ctdbench import atomic
 from ctdbench.cache import cache_dir
 from ctdbench.distill.batches import SideBatch, bucket
+from ctdbench.distill.models import CONVERSION_VERSION
+from ctdbench.errors import RunError
+from ctdbench.method import Needs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,14 +63,17 @@ class StoredStates:
             self._open(path)
 
     @classmethod
-    def of(cls, teacher: Teacher, device: torch.device) -> StoredStates:
+    def of(cls, teacher: Teacher, needs: Needs, device: torch.device) -> StoredStates:
         """The store of a teacher: by its content, precision, device and the code that ran it."""
         import transformers
 
-        versions = [torch.__version__, transformers.__version__, FORMAT]
-        named = json.dumps([teacher.identity, teacher.precision, device.type, *versions])
+        halved = teacher.precision == "bfloat16" and not needs.teacher_hidden
+        dtype = torch.bfloat16 if halved else torch.float32
+        versions = [torch.__version__, transformers.__version__, CONVERSION_VERSION, FORMAT]
+        settings = [teacher.identity, teacher.precision, str(dtype), device.type]
+        named = json.dumps([*settings, *versions])
         folder = cache_dir() / "states" / hashlib.sha256(named.encode()).hexdigest()
-        return cls(folder, torch.bfloat16 if teacher.precision == "bfloat16" else torch.float32)
+        return cls(folder, dtype)
 
     def __contains__(self, ids: IntArray) -> bool:
         return _key(ids) in self._places
@@ -114,6 +122,7 @@ class StoredStates:
 def store_states(
     teacher: Teacher,
     documents: Sequence[IntArray],
+    needs: Needs,
     limit: int,
     accelerator: Accelerator,
     *,
@@ -121,21 +130,33 @@ def store_states(
 ) -> None:
     """Give a teacher its stored states, computing those of `documents` (tokens, [n]) it lacks.
 
-    Each process computes its share. The teacher stays live if all of them would take more than
-    `limit` bytes, or half of the free disk. On a CPU every document runs alone, so that what is
-    stored does not depend on what was missing.
+    Each process computes its share. The teacher stays live if all of them take more than `limit`
+    bytes, or the missing ones more than half of the free disk, or where they cannot be written. On
+    a CPU every document runs alone, so that what is stored does not depend on what was missing.
     """
     device = accelerator.device
-    store = StoredStates.of(teacher, device)
-    size = store.size(sum(map(len, documents)), teacher.side.width)
-    if size <= min(limit, _free(cache_dir()) // 2):
-        known = {_key(ids): ids for ids in documents}.values()
-        missing = sorted((ids for ids in known if ids not in store), key=len)
-        share = missing[accelerator.process_index :: accelerator.num_processes]
-        shown = progress and bool(share) and accelerator.is_main_process
-        _compute(store, teacher, share, device, shown=shown)
-        accelerator.wait_for_everyone()
-        teacher.stored = StoredStates.of(teacher, device)  # with what the others computed
+    store = StoredStates.of(teacher, needs, device)
+    known = sorted({_key(ids): ids for ids in documents}.values(), key=len)
+    if not _fits(store, known, teacher.side.width, limit):
+        return
+    share = known[accelerator.process_index :: accelerator.num_processes]
+    missing = [ids for ids in share if ids not in store]
+    shown = progress and bool(missing) and accelerator.is_main_process
+    with suppress(RunError):  # the disk is full: what is there stays, and training can go on
+        _compute(store, teacher, missing, device, shown=shown)
+    accelerator.wait_for_everyone()
+    store = StoredStates.of(teacher, needs, device)  # with what the others computed
+    if all(ids in store for ids in known):
+        teacher.stored = store
+
+
+def _fits(store: StoredStates, documents: Sequence[IntArray], width: int, limit: int) -> bool:
+    """The first process decides for all: disks and clocks may differ."""
+    missing = sum(len(ids) for ids in documents if ids not in store)
+    is_small = store.size(sum(map(len, documents)), width) <= limit
+    has_room = store.size(missing, width) <= _free(cache_dir()) // 2
+    (decided,) = broadcast_object_list([is_small and has_room])
+    return bool(decided)
 
 
 def _compute(

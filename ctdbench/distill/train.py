@@ -308,13 +308,13 @@ def _store_teacher_states(
 
     What the student writes is not known beforehand.
     """
-    limit = spec.train.teacher_cache
-    if limit is None or spec.train.on_policy or not setting.method.needs.teacher_states:
+    limit, needs = spec.train.teacher_cache, setting.method.needs
+    if limit is None or spec.train.on_policy or not needs.teacher_states:
         return
     laid = [[example, *example.others] for example in examples]
     for teacher, documents in zip(setting.teachers, zip(*laid, strict=True), strict=True):
         tokens = [document.teacher.sequence.ids for document in documents]
-        store_states(teacher, tokens, limit, accelerator, progress=progress)
+        store_states(teacher, tokens, needs, limit, accelerator, progress=progress)
 
 
 def _global_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:

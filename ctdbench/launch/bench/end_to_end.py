@@ -9,6 +9,7 @@ one student, at a rate of 0: nothing drifts while it is measured.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -82,7 +83,12 @@ class Stage:
             laid = [(example, *example.others)[index] for example in self.examples]
             tokens = [example.teacher.sequence.ids for example in laid]
             if guide.teacher:
-                store_states(guide.teacher, tokens, CACHE_BYTES, self.accelerator)
+                store_states(guide.teacher, tokens, Needs(), CACHE_BYTES, self.accelerator)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether `store` was called, and had room."""
+        return all(guide.teacher.stored is not None for guide in self.guides if guide.teacher)
 
     def setting(self, method: Method) -> Setting:
         """What a run of the method trains with."""
@@ -120,7 +126,7 @@ def bench_steps(
     setting = {
         "documents": documents,
         "student tokens": sum(len(example.student.chunk) for example in stage.examples),
-        "teacher states": "stored" if cached else "live",
+        "teacher states": "stored" if stage.is_stored else "live",
         **machine(stage.device, stage.precision),
     }
     costs = measure(candidates, repeats, progress=progress)
@@ -204,8 +210,9 @@ def _guides(spec: RunSpec, loaded: LoadedPair, precision: str) -> Iterator[Guide
     stated = zip(spec.pair.teachers, loaded.teachers, strict=True)
     for number, (teacher, side) in enumerate(stated, 1):
         tables = pair_tables(loaded.student, side)
-        identity = references.content(references.parse(teacher.model))
-        live = Teacher(side, tables.teacher_trie, precision, f"bench {identity}")
+        content = references.content(references.parse(teacher.model))
+        identity = json.dumps(["bench", content, teacher.identity()])
+        live = Teacher(side, tables.teacher_trie, precision, identity)
         yield Guide(live, tables, f"@{number}" if number > 1 else "", teacher.weight)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ctdbench.errors import PreflightError
-from ctdbench.launch.bench.measure import Timing
+from ctdbench.launch.bench.measure import Function, Timing, interleaved
 
 COLUMNS = ("", "ours", "theirs", "ratio", "memory", "divergence", "target")
 GAP = "  "
@@ -86,6 +87,11 @@ def table(found: Sequence[Comparison]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [GAP.join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, *(f"{each.what}: {each.note}" for each in found)])
+
+
+def in_turns(functions: Mapping[str, Function], repeats: int) -> dict[str, Timing]:
+    """Times of functions that are called in turns, with a progress bar for who watches."""
+    return interleaved(functions, repeats, progress=sys.stderr.isatty())
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from ctdbench.distill import models
 from ctdbench.distill.byte_beam import beam_distributions
 from ctdbench.distill.models import Side
 from ctdbench.evaluate.divergence import jensen_shannon
-from ctdbench.launch.bench.measure import interleaved
-from ctdbench.launch.bench.peers_comparison import Comparison, Settings, missing, threads
+from ctdbench.launch.bench.peers_comparison import Comparison, Settings, in_turns, missing, threads
 from ctdbench.text.vocabulary import ByteTrie
 
 TEXT = (
@@ -54,7 +53,7 @@ def compare(settings: Settings) -> list[Comparison]:
             name: float(jensen_shannon(estimate(), wide).mean())
             for name, estimate in estimators.items()
         }
-        timings = interleaved(estimators, settings.beam_repeats)
+        timings = in_turns(estimators, settings.beam_repeats)
     rates = {name: len(text) / timing.median for name, timing in timings.items()}
     size = f"{len(text)} bytes, {settings.beam_repeats} repeats, 1 thread"
     return [

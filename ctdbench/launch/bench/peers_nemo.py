@@ -14,8 +14,8 @@ import torch
 
 from ctdbench.launch.bench.inputs import Inputs, make_inputs
 from ctdbench.launch.bench.losses import make_block
-from ctdbench.launch.bench.measure import Timing, interleaved
-from ctdbench.launch.bench.peers_comparison import Comparison, Settings, threads
+from ctdbench.launch.bench.measure import Timing
+from ctdbench.launch.bench.peers_comparison import Comparison, Settings, in_turns, threads
 from ctdbench.method import create, total_loss
 
 SIZES, ROWS, THREADS = (32_768, 32_768), 128, 2
@@ -31,7 +31,7 @@ def compare(settings: Settings) -> list[Comparison]:
     given = make_inputs(SIZES, ROWS, torch.device("cpu"))
     functions = {name: _loss(given, *stated[:2]) for name, stated in STATED.items()}
     with threads(THREADS):
-        timings = interleaved(functions, settings.repeats)
+        timings = in_turns(functions, settings.repeats)
     return [_comparison(name, timings[name], STATED[name][2], settings.repeats) for name in STATED]
 
 

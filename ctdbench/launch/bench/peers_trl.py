@@ -22,8 +22,8 @@ from torch import Tensor
 from ctdbench.distill import models
 from ctdbench.distill.corpus import load_corpus
 from ctdbench.launch.bench.inputs import SPREAD
-from ctdbench.launch.bench.measure import extra_peak_bytes, interleaved
-from ctdbench.launch.bench.peers_comparison import Comparison, Settings, missing, threads
+from ctdbench.launch.bench.measure import extra_peak_bytes
+from ctdbench.launch.bench.peers_comparison import Comparison, Settings, in_turns, missing, threads
 from ctdbench.method import Block, PairTables, Rows, create, total_loss
 from ctdbench.text.alignment import align
 from ctdbench.text.token_bytes import Encoding, TokenBytes
@@ -89,9 +89,7 @@ def _compare(
         values, gradients = zip(*(function() for function in functions), strict=True)
         distance = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
         del gradients
-        timings = interleaved(
-            dict(zip(("ours", "theirs"), functions, strict=True)), settings.repeats
-        )
+        timings = in_turns(dict(zip(("ours", "theirs"), functions, strict=True)), settings.repeats)
         extra = [extra_peak_bytes(function) for function in functions]
     note = f"loss {values[0]:.6f} (ours), {values[1]:.6f} (theirs), gradients {distance:.1e} apart"
     note += f", {settings.rows} rows, {settings.repeats} repeats, 1 thread"
