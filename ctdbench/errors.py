@@ -8,7 +8,7 @@ class UserError(Exception):
 
     message: one line that names the field or file at fault.
     hint: one line with what to try next; may be empty.
-    exit_code: 2 for a bad request, 3 for a failed preflight, 1 for a failed run.
+    exit_code: 2 for a bad request, 3 for a failed preflight, 1 for a failed run, 143 on SIGTERM.
     """
 
     exit_code = 2
@@ -32,3 +32,9 @@ class RunError(UserError):
     """The run started and failed (a loss that is not finite, a worker that died)."""
 
     exit_code = 1
+
+
+class Terminated(RunError):
+    """The run was asked to stop by SIGTERM and wrote a checkpoint first; no failure."""
+
+    exit_code = 143

@@ -7,12 +7,13 @@ are summed in float64; inputs keep their device. Nothing here loops over rows, t
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ctdbench.sorted_distance import sorted_l1 as sorted_l1
 from ctdbench.text.vocabulary import ByteTrie
 
 BYTES = 256
@@ -77,7 +78,9 @@ def sorted_masses(trie: ByteTrie, probabilities: Tensor) -> Tensor:
     The mass of a prefix with interval (low, high) is column `high` minus column `low`.
     """
     order = trie_tensors(trie, probabilities.device).order
-    return nn.functional.pad(probabilities[:, order], (1, 0)).cumsum(1, dtype=torch.float64)
+    return nn.functional.pad(probabilities.index_select(1, order), (1, 0)).cumsum(
+        1, dtype=torch.float64
+    )
 
 
 def token_bytes(trie: ByteTrie, token: Tensor, position: Tensor) -> Tensor:
@@ -247,13 +250,6 @@ def last_row_pairs(student: Tensor, teacher: Tensor, chunks: int) -> Tensor:
     return last[(last >= 0).all(1)]
 
 
-def without(values: Tensor, columns: Tensor) -> Tensor:
-    """All columns of `values` [M, V] but these [n]: [M, V - n], in their order."""
-    rest = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
-    rest[columns] = False
-    return values.index_select(1, torch.nonzero(rest).squeeze(1))
-
-
 def shared_chunks(student: Tensor, teacher: Tensor, chunks: int) -> tuple[Tensor, Tensor, int]:
     """The chunks that have rows on both sides, numbered anew 0..M-1.
 
@@ -269,6 +265,8 @@ def shared_chunks(student: Tensor, teacher: Tensor, chunks: int) -> tuple[Tensor
 
 def chunk_means(values: Tensor, chunk: Tensor, chunks: int) -> Tensor:
     """Mean of every chunk's rows, [chunks, V]; 0 without rows. values [R, V]; chunk [R] or -1."""
+    if torch.equal(chunk, torch.arange(chunks, device=chunk.device)):
+        return values  # a row each, in their order
     place = torch.where(chunk >= 0, chunk, chunks)  # rows outside fall into one chunk more
     sizes = torch.bincount(place, minlength=chunks + 1)[:chunks, None]
     return segment_sum(values, place, chunks + 1)[:chunks] / sizes.clamp(min=1)
@@ -281,17 +279,8 @@ def project(
 
     The matrix has the entries weight[e] at (source[e], target[e]), [E] each, in any order.
     """
-    if not len(probabilities):  # no rows would be an embedding without dimensions
-        return probabilities.new_zeros(0, columns)
-    order = target.argsort(stable=True)
-    sizes = torch.bincount(target, minlength=columns)
-    return nn.functional.embedding_bag(
-        source[order],
-        probabilities.T.contiguous(),
-        sizes.cumsum(0) - sizes,
-        mode="sum",
-        per_sample_weights=weight[order].to(probabilities.dtype),
-    ).T
+    entries = probabilities.index_select(1, source) * weight.to(probabilities.dtype)
+    return probabilities.new_zeros(len(probabilities), columns).index_add(1, target, entries)
 
 
 def merged_chunks(
@@ -302,45 +291,47 @@ def merged_chunks(
     chunks: int,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Distributions of chunks, chain rule over the tokens that came: [M, V], not renormalised.
+    """Log-masses of chunks, chain rule over the tokens that came: [M, V], not renormalised.
 
     m(y) = p_k(y) * prod over the chunk's earlier rows j of max(p_j(token_j), 1e-8), k the chunk's
     last row and p = softmax(logits / temperature) (METHODS section 2). logits [R, V]; token and
     chunk [R], chunk in 0..chunks-1 or -1; last [M]: the last rows of the chunks to return.
     """
+    scores = tempered(rows_of(logits, last), temperature).log_softmax(-1)
     earlier = chunk >= 0
     earlier[last] = False
     rows = torch.nonzero(earlier).squeeze(1)
-    came = (logits[rows] / temperature).log_softmax(-1).gather(1, token[rows, None]).squeeze(1)
-    weight = segment_sum(came.clamp(min=math.log(1e-8)), chunk[rows], chunks).exp()
-    return (logits[last] / temperature).softmax(-1) * weight[chunk[last], None]
+    if not len(rows):
+        return scores
+    came = tempered(logits.index_select(0, rows), temperature).log_softmax(-1)
+    came = came.gather(1, token[rows, None]).squeeze(1).clamp(min=math.log(1e-8))
+    return scores + segment_sum(came, chunk[rows], chunks)[chunk[last], None]
 
 
-class _SortedDistance(torch.autograd.Function):
-    """Keeps one byte an entry for the backward: the sign of the difference, back at its place."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        ranked, place = student.sort(-1, descending=True)
-        other = teacher.sort(-1, descending=True).values.to(ranked.dtype)
-        common = min(ranked.shape[-1], other.shape[-1])
-        total = ranked[:, common:].abs().sum(-1) + other[:, common:].abs().sum(-1)
-        ranked[:, :common] -= other[:, :common]  # past the shorter side the difference is the value
-        signs = torch.empty_like(ranked, dtype=torch.int8)
-        ctx.save_for_backward(signs.scatter_(-1, place, ranked.sign().to(torch.int8)))
-        return total + ranked[:, :common].abs().sum(-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (signs,) = ctx.saved_tensors
-        return signs * gradient[:, None], None
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, without a copy for 1."""
+    return logits if temperature == 1 else logits / temperature
 
 
-def sorted_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """L1 distance of rows sorted descending, the shorter zero-padded: [P, Vs], [P, Vt] -> [P].
+def rows_of(values: Tensor, index: Tensor) -> Tensor:
+    """Rows [M] of values [R, ..], without a copy where they are all, in their order."""
+    every = torch.arange(len(values), device=index.device)
+    return values if torch.equal(index, every) else values.index_select(0, index)
 
-    Differentiable in `student` only. Keeps P x Vs bytes for the backward.
-    """
-    distance: Tensor = _SortedDistance.apply(student, teacher.detach())  # type: ignore[no-untyped-call]
-    return distance
+
+class Columns(NamedTuple):
+    """Some of a vocabulary's columns, [n], and the rest in their order, [V - n]."""
+
+    some: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, some: Tensor, size: int) -> Columns:
+        """some: columns of `size`, in any order."""
+        others = torch.ones(size, dtype=torch.bool, device=some.device)
+        others[some] = False
+        return cls(some, torch.nonzero(others).squeeze(1))
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, V] -> [M, n] and [M, V - n]."""
+        return values.index_select(1, self.some), values.index_select(1, self.rest)

@@ -71,18 +71,17 @@ def load_method(name: str) -> type[Method]:
     info = pick(name, methods(), "method")
     if BASELINE.fullmatch(name):
         raise UserError(f"method {name!r} has the name of a baseline", "give it another one")
+    where, hint = info.file or info.entry_point, "a method file ends in METHOD = YourClass"
     try:
-        if info.entry_point is not None:
-            loaded = info.entry_point.load()
-            return getattr(loaded, "METHOD", loaded)  # type: ignore[no-any-return]
-        module = _import(info)
-        return module.METHOD  # type: ignore[no-any-return]
-    except Exception as error:
-        where = info.file or info.entry_point
+        loaded = info.entry_point.load() if info.entry_point else _import(info).METHOD
+    except (Exception, SystemExit) as error:
         raise UserError(
-            f"method {name!r} ({where}) cannot be imported: {type(error).__name__}: {error}",
-            "a method file ends in METHOD = YourClass",
+            f"method {name!r} ({where}) cannot be imported: {type(error).__name__}: {error}", hint
         ) from error
+    found = getattr(loaded, "METHOD", loaded)
+    if not (isinstance(found, type) and issubclass(getattr(found, "Options", int), BaseModel)):
+        raise UserError(f"method {name!r} ({where}) is no subclass of ctdbench's Method", hint)
+    return found
 
 
 def pair_files() -> dict[str, Path]:
@@ -102,17 +101,28 @@ def load_pair(name: str) -> PairSpec:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; raises UserError naming the file and line of a mistake."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise UserError(f"{path}{line} is no valid YAML: {problem}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no text in UTF-8: {error}") from error
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of fields, not {type(raw).__name__}")
+    if odd := [name for name in raw if not isinstance(name, str)]:
+        raise UserError(f"{path}: {odd[0]!r} is no name of a field", "quote it")
     return raw
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML document; raises UserError naming `where` and the line of a mistake."""
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets through what numbers, dates and deep nesting raise
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark and mark.line else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"{where}{line} is no valid YAML: {problem}") from error
 
 
 def validate(model: type[Model], raw: Mapping[str, Any], where: str) -> Model:
@@ -160,7 +170,7 @@ def _meta(path: Path) -> Mapping[str, Any]:
     """The literal META of a method file; empty where there is none or the file does not parse."""
     try:
         return _literal_meta(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # as ast raises them
         return {}
 
 

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ctdbench import registry
 from ctdbench.errors import UserError
 from ctdbench.spec import EvalSpec, ModelSpec, PairSpec, RunSpec, TrainSpec, parse_bytes
@@ -56,7 +54,7 @@ def preflight(spec: RunSpec) -> None:
     from ctdbench.distill import references
     from ctdbench.evaluate import check_tasks
 
-    folder = Path(spec.eval.data_dir) if spec.eval.data_dir else None
+    folder = spec.eval.data
     if folder is not None and not folder.is_dir():
         raise UserError(f"--data-dir {folder} is no folder", "give the folder with the tasks' data")
     parsed = [references.parse(text) for text in references_of(spec.pair)]
@@ -166,15 +164,9 @@ def _parse_settings(settings: Sequence[str]) -> Raw:
         if not (equals and dot and field):
             raise UserError(f"--set {setting}", "write --set SECTION.FIELD=VALUE")
         name = registry.pick(section, SECTIONS, "section of --set")
-        parsed.setdefault(name, {})[field] = _scalar(setting, value)
+        value = registry.parse_yaml(value, f"--set {setting}: the value")
+        parsed.setdefault(name, {})[field] = value
     return parsed
-
-
-def _scalar(setting: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {setting}: the value is no valid YAML", "quote it") from error
 
 
 def _given(flags: Mapping[str, Any]) -> Raw:

@@ -1,4 +1,4 @@
-"""The store: one JSON file a cell, written atomically and last; a cell is complete or absent.
+"""The store: one JSON file a cell, written atomically and last; its files tell a cell's state.
 
 `<store>/<pair>/<method>/<cell id>/result.json`, and beside it `samples/<task>.jsonl`,
 `metrics.jsonl` and `checkpoints/`. The baselines of a pair are cells of the methods `start` (the
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
+from ctdbench import atomic
 from ctdbench.errors import UserError
 from ctdbench.spec import BASELINE, check_name
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     import pandas
 
 RESULT_VERSION = 1
+RESULT, METRICS, CHECKPOINTS = "result.json", "metrics.jsonl", "checkpoints"
 START, TEACHER = "start", "teacher"
+State = Literal["absent", "resumable", "failed", "done"]
 Scores = dict[str, dict[str, float | None]]
+_OPEN = ConfigDict(extra="allow")  # a result may hold more than this version knows
 
 
 class Cost(TypedDict, total=False):
@@ -36,7 +39,7 @@ class Cost(TypedDict, total=False):
     threads of a machine.
     """
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     train_seconds: float
     eval_seconds: float
@@ -49,18 +52,82 @@ class Cost(TypedDict, total=False):
     processes: int
 
 
+class StoredModel(TypedDict):
+    """A model of a pair, as it was asked for."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    model: str
+
+
+class StoredPair(TypedDict):
+    """A pair, as it was asked for."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    name: str
+    teachers: Annotated[list[StoredModel], Field(min_length=1)]
+
+
+class StoredTrain(TypedDict):
+    """How a cell was trained, as it was asked for."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    corpus: str
+    budget: int
+
+
+class StoredSpec(TypedDict):
+    """What was asked for; `spec.RunSpec` by the version that wrote it."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    method: str
+    pair: StoredPair
+    seed: int
+    options: dict[str, Any]
+    train: StoredTrain
+    eval: dict[str, Any]
+
+
+class Hardware(TypedDict, total=False):
+    """What a cell was computed on."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    machine: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    gpus: list[str]
+
+
+class Provenance(TypedDict, total=False):
+    """Where a result comes from: code, machine, and what followed from the settings."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    created: str
+    versions: dict[str, str]
+    hardware: Hardware
+    git: dict[str, Any] | None
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
 class Result(TypedDict):
     """One cell's outcome: task -> metric -> value, null where a number is not finite."""
 
     version: Literal[1]
     id: str
     status: Literal["done", "failed"]
-    spec: dict[str, Any]
+    spec: StoredSpec
     content: dict[str, str]
     scores: Scores
     stderr: Scores
     cost: Cost
-    provenance: dict[str, Any]
+    provenance: Provenance
     notes: list[str]
 
 
@@ -86,31 +153,16 @@ def cell_dir(store: Path, pair: str, method: str, cell_id: str) -> Path:
     return folder
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write so that `path` holds all of it or what it held before, even after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
 def write_json_atomic(path: Path, data: Any) -> None:
-    """As `write_bytes_atomic`. JSON has no NaN and no infinity: such numbers become null."""
+    """As `atomic.write_bytes`. JSON has no NaN and no infinity: such numbers become null."""
     text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes_atomic(path, text.encode())
+    atomic.write_bytes(path, text.encode())
 
 
 def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """As `write_json_atomic`, one line a row."""
     lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
-    write_bytes_atomic(path, "".join(line + "\n" for line in lines).encode())
+    atomic.write_bytes(path, "".join(line + "\n" for line in lines).encode())
 
 
 def read_result(path: Path) -> Result:
@@ -128,12 +180,19 @@ def read_result(path: Path) -> Result:
 
 
 def finished(folder: Path) -> Result | None:
-    """The result in a cell's folder if the cell is done; None where it is absent or failed."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    result = read_result(path)
-    return result if result["status"] == "done" else None
+    """The result in a cell's folder if the cell is done, else None."""
+    result = read_result(folder / RESULT) if (folder / RESULT).is_file() else None
+    return result if result is not None and result["status"] == "done" else None
+
+
+def state(folder: Path) -> State:
+    """What the files of a cell's folder say of it; raises UserError for a damaged result.
+
+    resumable: it has a checkpoint to go on from.
+    """
+    if (folder / RESULT).is_file():
+        return read_result(folder / RESULT)["status"]
+    return "resumable" if any((folder / CHECKPOINTS).glob("step-*")) else "absent"
 
 
 def find(
@@ -146,7 +205,7 @@ def find(
     """Results by cell folder, sorted; None stands for any. Empty where there is no store."""
     below = check_name(pair, "pair") if pair else "*"
     below += "/" + (check_name(method, "method") if method else "*")
-    paths = sorted(store.glob(f"{below}/*/result.json"))
+    paths = sorted(store.glob(f"{below}/*/{RESULT}"))
     read = {path.parent: read_result(path) for path in paths}
     return {folder: result for folder, result in read.items() if status in (None, result["status"])}
 
@@ -192,12 +251,3 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself lies in the folder, and is only safe once the folder is written out."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,13 +24,15 @@ text. Its merge strategy `bayesian` is the one above; its default, `observed`, m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
+from ctdbench import ops, pieces
 from ctdbench.method import Block, Method, MethodOptions, Term
 
 META = {
@@ -44,6 +46,7 @@ META = {
     "floor": "zero",
 }
 
+Splits = tuple[ops.Columns, ops.Columns]  # student's and teacher's
 FLOOR = 1e-8  # below this a probability is this, and has no gradient (as in the reference)
 
 
@@ -84,45 +87,61 @@ class GOLD(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`matched`, `unmatched`: the sum over documents of their share in this block."""
-        rows = _rows(block)
-        sides = (block.student, block.taught())
-        temperatures = (self.options.temperature_student, self.options.temperature_teacher)
-        student, teacher = (
-            ops.merged_chunks(side.scores(), side.token, side.chunk, last, block.chunks, heat)
-            for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
-        )
-        share = _shares(block, rows)
-        distances = self._distances(student, teacher.detach(), block.pair.shared.to(rows.device))
-        return {name: Term((value * share).sum(), share.sum()) for name, value in distances.items()}
+        splits = _splits(block) if self.options.hybrid else None
+        chunks = pieces.by_chunks(block)
+        totals = pieces.totals(partial(self._totals, splits=splits), block, chunks)
+        counts = self.counts(block)
+        return {name: Term(total, counts[name]) for name, total in totals.items()}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Documents: every chunk counts 1/n of its document, which may reach over blocks."""
         names = ("matched", "unmatched") if self.options.hybrid else ("unmatched",)
         return dict.fromkeys(names, _shares(block, _rows(block)).sum())
 
-    def _distances(self, student: Tensor, teacher: Tensor, shared: Tensor) -> dict[str, Tensor]:
-        """Every term of every chunk: [M, V_S], [M, V_T], [|C|, 2] -> [M] each."""
-        if not self.options.hybrid:
-            return {"unmatched": ops.sorted_l1(student, teacher)}
-        own, taught = shared.T
-        pairs = (student.index_select(1, own), teacher.index_select(1, taught))
-        matched = generalized_jsd(*pairs, self.options.beta)
-        rest = ops.sorted_l1(ops.without(student, own), ops.without(teacher, taught))
+    def _totals(self, block: Block, splits: Splits | None) -> dict[str, Tensor]:
+        rows = _rows(block)
+        sides = (block.student, block.taught())
+        temperatures = (self.options.temperature_student, self.options.temperature_teacher)
+        log_p, log_q = (
+            ops.merged_chunks(side.scores(), side.token, side.chunk, last, block.chunks, heat)
+            for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
+        )
+        share = _shares(block, rows)
+        distances = self._distances(log_p, log_q, splits)
+        return {name: (value * share).sum() for name, value in distances.items()}
+
+    def _distances(self, log_p: Tensor, log_q: Tensor, splits: Splits | None) -> dict[str, Tensor]:
+        """Every term of every chunk: [M, V_S], [M, V_T] -> [M] each."""
+        if splits is None:
+            return {"unmatched": ops.sorted_l1(log_p.exp(), log_q.exp())}
+        own, taught = splits
+        (log_p, rest), (log_q, other) = own.split(log_p), taught.split(log_q)
+        matched = generalized_jsd(log_p, log_q, self.options.beta)
+        unmatched = ops.sorted_l1(rest.exp(), other.exp())
         if self.options.weighting == "fixed":
-            return {"matched": matched, "unmatched": rest}
-        part = len(shared) / teacher.shape[1]
-        return {"matched": part * matched, "unmatched": (1 - part) * rest}
+            return {"matched": matched, "unmatched": unmatched}
+        part = len(taught.some) / sum(map(len, taught))
+        return {"matched": part * matched, "unmatched": (1 - part) * unmatched}
 
 
-def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """JSD_beta of rows that need not sum to 1: [M, n], [M, n] -> [M], nats."""
-    p, q = student.clamp(min=FLOOR), teacher.clamp(min=FLOOR)
+def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """JSD_beta of rows that need not sum to 1, student's and teacher's: [M, n] twice -> [M]."""
+    log_p, log_q = (masses.clamp(min=math.log(FLOOR)) for masses in (log_p, log_q))
     if beta == 0:
-        return (q * (q.log() - p.log())).sum(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
     if beta == 1:
-        return (p * (p.log() - q.log())).sum(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p, q = log_p.exp(), log_q.exp()
     mix = ((1 - beta) * p + beta * q).log()
-    return beta * (q * (q.log() - mix)).sum(-1) + (1 - beta) * (p * (p.log() - mix)).sum(-1)
+    return beta * (q * (log_q - mix)).sum(-1) + (1 - beta) * (p * (log_p - mix)).sum(-1)
+
+
+def _splits(block: Block) -> Splits:
+    """C and the rest of either vocabulary."""
+    shared = block.pair.shared.to(block.student.token.device).T
+    sizes = (side.scores().shape[1] for side in (block.student, block.taught()))
+    own, taught = map(ops.Columns.of, shared, sizes)
+    return own, taught
 
 
 def _rows(block: Block) -> Tensor:

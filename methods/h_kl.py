@@ -21,14 +21,14 @@ has no use here: chunks are cut by bytes, so both sides of every chunk spell the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
-from ctdbench.method import Block, Method, MethodOptions, PairTables, Rows, Term
+from ctdbench import ops, pieces
+from ctdbench.method import Block, Method, MethodOptions, Rows, Term
 
 META = {
     "title": "H-KL: KL on tokens paired by a projection, sorted L1 on the rest (X-Token)",
@@ -38,6 +38,8 @@ META = {
     "cost": "one softmax, top-k a side",
     "floor": "zero",
 }
+
+Splits = tuple[ops.Columns, ops.Columns]  # student's and teacher's
 
 
 class HKLOptions(MethodOptions):
@@ -71,15 +73,11 @@ class HKL(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`kl_common`, `l1_uncommon`: sums over chunks, without T^2; and the number of chunks."""
-        student, teacher = block.student, block.taught()
-        own, taught, chunks = ops.shared_chunks(student.chunk, teacher.chunk, block.chunks)
-        log_p = self._merged(student, own, chunks)
-        log_q = self._merged(teacher, taught, chunks).detach()
-        totals = {
-            "kl_common": self._common(log_p, log_q, block.pair),
-            "l1_uncommon": self._uncommon(log_p, log_q, block.pair),
-        }
-        return {name: Term(total, own.new_tensor(chunks)) for name, total in totals.items()}
+        splits = self._splits(block)
+        chunks = pieces.by_chunks(block)
+        totals = pieces.totals(partial(self._totals, splits=splits), block, chunks)
+        counts = self.counts(block)
+        return {name: Term(total, counts[name]) for name, total in totals.items()}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Chunks with rows on both sides."""
@@ -87,30 +85,32 @@ class HKL(Method):
         count = own.new_tensor(ops.shared_chunks(own, taught, block.chunks)[2])
         return {"kl_common": count, "l1_uncommon": count}
 
+    def _totals(self, block: Block, splits: Splits) -> dict[str, Tensor]:
+        student, teacher = block.student, block.taught()
+        own, taught, chunks = ops.shared_chunks(student.chunk, teacher.chunk, block.chunks)
+        (log_p, rest), (log_q, other) = (
+            columns.split(self._merged(rows, chunk, chunks))
+            for columns, rows, chunk in zip(splits, (student, teacher), (own, taught), strict=True)
+        )
+        first, second = (log_p, log_q) if self.options.reverse_kl else (log_q, log_p)
+        most = min(rest.shape[1], other.shape[1], self.options.uncommon_topk)
+        return {
+            "kl_common": (first.exp() * (first - second)).sum(),
+            "l1_uncommon": ops.sorted_l1(rest.exp(), other.exp(), most).sum(),
+        }
+
     def _merged(self, rows: Rows, chunk: Tensor, chunks: int) -> Tensor:
         """Mean log-probabilities of the chunks' rows, [chunks, V]."""
-        logits = rows.scores().float() / self.options.temperature
+        logits = ops.tempered(rows.scores().float(), self.options.temperature)
         return ops.chunk_means(logits.log_softmax(-1), chunk, chunks)
 
-    def _common(self, log_p: Tensor, log_q: Tensor, pair: PairTables) -> Tensor:
-        own, taught = self._pairs(pair, log_p.device)
-        p, q = log_p.index_select(1, own), log_q.index_select(1, taught)
-        first, second = (p, q) if self.options.reverse_kl else (q, p)
-        return (first.exp() * (first - second)).sum()
-
-    def _uncommon(self, log_p: Tensor, log_q: Tensor, pair: PairTables) -> Tensor:
-        rest = [
-            ops.without(masses, columns)
-            for masses, columns in zip((log_p, log_q), self._pairs(pair, log_p.device), strict=True)
-        ]
-        most = min(rest[0].shape[1], rest[1].shape[1], self.options.uncommon_topk)
-        p, q = (masses.exp().topk(most).values for masses in rest)
-        return (p - q).abs().sum()
-
-    def _pairs(self, pair: PairTables, device: torch.device) -> Tensor:
-        """Student ids and teacher ids of C, [2, |C|]."""
-        strict = self.options.partition == "strict"
-        return (pair.strict_pairs if strict else pair.relaxed_pairs).to(device).T
+    def _splits(self, block: Block) -> Splits:
+        """C and the rest of either vocabulary."""
+        strict, pair = self.options.partition == "strict", block.pair
+        pairs = (pair.strict_pairs if strict else pair.relaxed_pairs).to(block.student.token.device)
+        sizes = (side.scores().shape[1] for side in (block.student, block.taught()))
+        own, taught = map(ops.Columns.of, pairs.T, sizes)
+        return own, taught
 
 
 METHOD = HKL

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ctdbench import ops, pieces
 from ctdbench.errors import UserError
 from ctdbench.method import Block, Method, MethodOptions, PairTables, Term
 
@@ -58,20 +59,21 @@ class KD(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`kd`: the KL in nats, times T^2, and the number of tokens."""
-        rows = _rows(block)
-        heat = self.options.temperature
-        student, teacher = (
-            (side.scores()[index] / heat).log_softmax(-1)
-            for side, index in zip((block.student, block.taught()), rows, strict=True)
-        )
-        teacher = teacher.detach()
-        total = (teacher.exp() * (teacher - student)).sum()
-        return {"kd": Term(heat**2 * total, rows.new_tensor(rows.shape[1]))}
+        totals = pieces.totals(self._totals, block, pieces.by_chunks(block))
+        return {"kd": Term(totals["kd"], self.counts(block)["kd"])}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Tokens in chunks."""
         rows = _rows(block)
         return {"kd": rows.new_tensor(rows.shape[1])}
+
+    def _totals(self, block: Block) -> dict[str, Tensor]:
+        heat = self.options.temperature
+        student, teacher = (
+            ops.tempered(ops.rows_of(side.scores(), index), heat).log_softmax(-1)
+            for side, index in zip((block.student, block.taught()), _rows(block), strict=True)
+        )
+        return {"kd": heat**2 * (teacher.exp() * (teacher - student)).sum()}
 
 
 def _rows(block: Block) -> Tensor:

@@ -27,7 +27,7 @@ ties by id, so that other ids for the same vocabulary can change the loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from ctdbench import ops, pieces
 from ctdbench.method import Block, Method, MethodOptions, Needs, PairTables, Rows, Term
 from ctdbench.text.edit_distance import levenshtein, time_warp
 from ctdbench.text.vocabulary import Integers
@@ -107,35 +108,57 @@ class MinED(Method):
         if block.pairs is None:
             raise TypeError("mined pairs rows and this block has no pairs")
         student, (rows, taught) = block.student, block.pairs.T
-        scored = student.scored()
-        log_p = (student.scores().float() / self.options.temperature).log_softmax(-1)
-        alone = torch.nonzero(scored.index_fill(0, rows, False))[:, 0]
-        total = -log_p[alone, student.token[alone]].sum()
-        if len(rows):
-            log_q = self._targets(block, taught).div_(self.options.temperature).log_softmax(-1)
-            kl = nn.functional.kl_div(log_p[rows], log_q, reduction="sum", log_target=True)
-            total = total + kl
-        return {"kl": Term(total, scored.sum())}
+        partner = torch.full_like(student.token, -1).index_copy(0, rows, taught)
+        scored, logits = torch.nonzero(student.scored())[:, 0], student.scores()
+        parts = pieces.by_rows(scored, logits.shape[1] + block.taught().scores().shape[1])
+        mapped = self._mapping(block)
+
+        def kl(number: int, scores: Tensor) -> dict[str, Tensor]:
+            part = parts[number]
+            return {"kl": self._total(scores, student.token[part], partner[part], mapped)}
+
+        return {"kl": Term(pieces.summed(kl, parts, logits)["kl"], student.scored().sum())}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Scored rows."""
         return {"kl": block.student.scored().sum()}
 
-    def _targets(self, block: Block, rows: Tensor) -> Tensor:
-        """q from the teacher's rows [P]: [P, V_S] float32, in memory of its own."""
-        logits = block.taught().scores().detach()
-        targets = logits.new_full(
-            (len(rows), len(block.pair.student_vocabulary)), ABSENT, dtype=torch.float32
-        )
+    def _total(
+        self, logits: Tensor, token: Tensor, partner: Tensor, mapped: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Sum over rows [R]: to the label, or to the teacher's row `partner` where that is not -1.
+
+        mapped: q's logits from the numbers of teacher rows [P], [P, V_S] in memory of its own.
+        """
+        heat = self.options.temperature
+        log_p = ops.tempered(logits.float(), heat).log_softmax(-1)
+        alone, taught = (torch.nonzero(which)[:, 0] for which in (partner < 0, partner >= 0))
+        total = -log_p[alone, token[alone]].sum()
+        if not len(taught):
+            return total
+        log_q = mapped(partner[taught]).div_(heat).log_softmax(-1)
+        log_p = ops.rows_of(log_p, taught)
+        return total + nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
+
+    def _mapping(self, block: Block) -> Callable[[Tensor], Tensor]:
+        """What takes the logits of teacher rows to the student's tokens, see `_total`."""
+        logits, pair = block.taught().scores().detach(), block.pair
         if self.options.logit == "largest":
-            student = block.pair.edit_map.to(rows.device)
-            mapped = torch.nonzero(student >= 0)[:, 0]
-            place = student[mapped].expand(len(rows), -1)
-            return targets.scatter_reduce_(1, place, logits[rows][:, mapped].float(), "amax")
-        source = self._sources(block.pair).to(rows.device)
-        known = torch.nonzero(source >= 0)[:, 0]
-        targets[:, known] = logits[rows[:, None], source[known]].float()
-        return targets
+            student = pair.edit_map.to(logits.device)
+            known = torch.nonzero(student >= 0)[:, 0]
+
+            def largest(rows: Tensor) -> Tensor:
+                targets = logits.new_full((len(rows), len(pair.student_vocabulary)), ABSENT).float()
+                values = logits[rows].index_select(1, known).float()
+                return targets.scatter_reduce_(1, student[known].expand_as(values), values, "amax")
+
+            return largest
+        source = self._sources(pair).to(logits.device)
+        absent = torch.nonzero(source < 0)[:, 0]
+        source = source.clamp(min=0)
+        return lambda rows: (
+            logits[rows].index_select(1, source).float().index_fill_(1, absent, ABSENT)
+        )
 
     def _sources(self, pair: PairTables) -> Tensor:
         """The teacher token whose logit each student token takes, [V_S]; -1: none."""

@@ -26,13 +26,14 @@ has no use here: chunks are cut by bytes, so both sides of every chunk spell the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
+from ctdbench import ops, pieces
 from ctdbench.method import (
     Block,
     Method,
@@ -133,15 +134,10 @@ class PKL(Method):
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`kl`: the sum over chunks, nats, without T^2; and the number of chunks."""
         columns, place = self._columns(block)
-        student, teacher = block.student, block.taught()
-        own, taught, chunks = ops.shared_chunks(student.chunk, teacher.chunk, block.chunks)
-        logits = teacher.scores().detach().index_select(1, columns)
-        log_q = self._merged(torch.log_softmax, logits, taught, chunks)
-        masses = self._merged(torch.softmax, student.scores(), own, chunks)
-        p = ops.project(masses, *self._entries(block.pair, place, modules), len(columns))
-        log_p = (p / (p.sum(-1, keepdim=True) + EPSILON) + EPSILON).log()
-        first, second = (log_p, log_q) if self.options.reverse_kl else (log_q, log_p)
-        return {"kl": Term((first.exp() * (first - second)).sum(), taught.new_tensor(chunks))}
+        source, target, weight = self._entries(block.pair, place, modules)
+        terms = partial(self._totals, columns=columns, source=source, target=target)
+        totals = pieces.totals(terms, block, pieces.by_chunks(block), weight)
+        return {"kl": Term(totals["kl"], self.counts(block)["kl"])}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Chunks with rows on both sides."""
@@ -154,20 +150,38 @@ class PKL(Method):
         """
         if block.batch is None:
             raise TypeError("p-kl chooses its tokens from the whole batch; see Needs(prepare=..)")
-        order = block.batch.sort(descending=True, stable=True).indices
-        columns = order[: self.options.vocab_topk]
-        place = order.new_full((len(order) + 1,), -1)
+        largest = block.batch
+        most = min(self.options.vocab_topk, len(largest))
+        least = largest.topk(most, sorted=False).values.min()
+        chosen = largest > least
+        alike = torch.nonzero(largest == least).squeeze(1)
+        chosen[alike[: most - int(chosen.sum())]] = True
+        columns = torch.nonzero(chosen).squeeze(1)
+        place = columns.new_full((len(largest) + 1,), -1)
         place[columns] = torch.arange(len(columns), device=place.device)
         return columns, place
+
+    def _totals(
+        self, block: Block, weight: Tensor, *, columns: Tensor, source: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        student, teacher = block.student, block.taught()
+        own, taught, chunks = ops.shared_chunks(student.chunk, teacher.chunk, block.chunks)
+        logits = teacher.scores().index_select(1, columns)
+        log_q = self._merged(torch.log_softmax, logits, taught, chunks)
+        masses = self._merged(torch.softmax, student.scores(), own, chunks)
+        p = ops.project(masses, source, target, weight, len(columns))
+        log_p = (p / (p.sum(-1, keepdim=True) + EPSILON) + EPSILON).log()
+        first, second = (log_p, log_q) if self.options.reverse_kl else (log_q, log_p)
+        return {"kl": (first.exp() * (first - second)).sum()}
 
     def _merged(
         self, normalise: Callable[..., Tensor], logits: Tensor, chunk: Tensor, chunks: int
     ) -> Tensor:
         """Chunks out of rows [R, V] normalised at the temperature, [chunks, V]."""
         if self.options.merge == "chain":
-            logits = logits[ops.last_rows(chunk, chunks)]
+            logits = ops.rows_of(logits, ops.last_rows(chunk, chunks))
             chunk = torch.arange(chunks, device=chunk.device)
-        rows = normalise(logits.float() / self.options.temperature, -1)
+        rows = normalise(ops.tempered(logits.float(), self.options.temperature), -1)
         return ops.chunk_means(rows, chunk, chunks)
 
     def _entries(

@@ -20,13 +20,15 @@ The code divides by the number of tokens, not of units; it finds the shared voca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
+from ctdbench import ops, pieces
 from ctdbench.errors import UserError
 from ctdbench.method import Block, Method, MethodOptions, Needs, PairTables, Rows, Term
 
@@ -58,14 +60,6 @@ class SimCTOptions(MethodOptions):
     )
 
 
-class _Units(NamedTuple):
-    """The units of a block, U of them."""
-
-    student: Tensor  # [R] unit of every student row, -1 for none
-    teacher: Tensor  # the same for the teacher's rows
-    long: Tensor  # [U] bool: more than one token on a side
-
-
 class SimCT(Method):
     """Reverse KL at unit starts, over the shared vocabulary and the start's own unit."""
 
@@ -88,18 +82,18 @@ class SimCT(Method):
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`simct`: the KL in nats, and the number of unit starts."""
         units = self._units(block)
-        own, taught = block.pair.shared.to(units.long.device).T
-        student = self._scores(block.student, units.student, units.long, own).log_softmax(-1)
-        teacher = self._scores(block.taught(), units.teacher, units.long, taught).detach()
-        total = (student.exp() * (student - teacher.log_softmax(-1))).sum()
-        return {"simct": Term(total, units.student.new_tensor(len(units.long)))}
+        shared = block.pair.shared.to(units.student.token.device).T
+        terms = partial(self._totals, shared=shared)
+        totals = pieces.totals(terms, units, pieces.by_chunks(units))
+        return {"simct": Term(totals["simct"], units.student.chunk.new_tensor(units.chunks))}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Unit starts."""
         units = self._units(block)
-        return {"simct": units.student.new_tensor(len(units.long))}
+        return {"simct": units.student.chunk.new_tensor(units.chunks)}
 
-    def _units(self, block: Block) -> _Units:
+    def _units(self, block: Block) -> Block:
+        """The block with units for chunks: every one has rows on both sides."""
         sides = (block.student, block.taught())
         sizes = torch.stack([_sizes(side.chunk, block.chunks) for side in sides])
         single, kept = (sizes == 1).all(0), (sizes > 0).all(0)
@@ -110,30 +104,38 @@ class SimCT(Method):
             kept = kept & (_following(document, single) == document)
         unit = torch.where(kept, ends.cumsum(0) - ends.long(), -1)
         unit = nn.functional.pad(unit, (0, 1), value=-1)  # what chunk -1 finds
-        student, teacher = (unit[side.chunk] for side in sides)
-        count = int(ends.sum())
-        long = torch.stack([_sizes(rows, count) for rows in (student, teacher)]).amax(0) > 1
-        return _Units(student, teacher, long)
+        student, teacher = (replace(side, chunk=unit[side.chunk]) for side in sides)
+        return replace(block, student=student, teacher=teacher, chunks=int(ends.sum()))
 
-    def _scores(self, rows: Rows, unit: Tensor, long: Tensor, shared: Tensor) -> Tensor:
+    def _totals(self, units: Block, shared: Tensor) -> dict[str, Tensor]:
+        sides = (units.student, units.taught())
+        sizes = torch.stack([_sizes(side.chunk, units.chunks) for side in sides])
+        long = (sizes > 1).any(0)
+        log_p, log_q = (
+            self._scores(side, count, long, columns).log_softmax(-1)
+            for side, count, columns in zip(sides, sizes, shared, strict=True)
+        )
+        return {"simct": (log_p.exp() * (log_p - log_q)).sum()}
+
+    def _scores(self, rows: Rows, sizes: Tensor, long: Tensor, shared: Tensor) -> Tensor:
         """Scores of the shared vocabulary and of the own unit at the units' starts, [U, M + 1].
 
         A softmax knows no shift, so the shared tokens keep their logits and the own unit's mean
         log-probability is raised by the first row's normaliser instead.
         """
-        logits = rows.scores()
-        inside = torch.nonzero(unit >= 0).squeeze(1)
+        logits, unit = rows.scores(), rows.chunk
         first = torch.full_like(long, len(unit), dtype=torch.long)
-        first = first.scatter_reduce(0, unit[inside], inside, "amin")
-        spelled = inside[long[unit[inside]]]
-        came = logits[spelled, rows.token[spelled]]
-        shift = came.new_zeros(len(unit))
+        first = first.scatter_reduce(0, unit, torch.arange(len(unit)).to(unit), "amin")
+        spelled = torch.nonzero(long[unit]).squeeze(1)
+        scores = logits.index_select(0, spelled)
+        came = scores.gather(1, rows.token[spelled, None]).squeeze(1)
+        norm = torch.zeros_like(came)
         if self.options.score == "logprob":
-            shift = shift.index_copy(0, spelled, logits[spelled].logsumexp(-1))
-        sums = ops.segment_sum(came - shift[spelled], unit[spelled], len(long))
-        own = sums / _sizes(unit, len(long)) + shift[first]
-        own = torch.where(long, own, ABSENT)
-        others = logits.index_select(0, first).index_select(1, shared)
+            norm = scores.logsumexp(-1)
+        sums = ops.segment_sum(came - norm, unit[spelled], len(long))
+        shift = came.new_zeros(len(unit)).index_copy(0, spelled, norm)[first]
+        own = torch.where(long, sums / sizes + shift, ABSENT)
+        others = ops.rows_of(logits, first).index_select(1, shared)
         return torch.cat([others, own[:, None]], 1)
 
 

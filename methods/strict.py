@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
+from ctdbench import ops, pieces
 from ctdbench.errors import UserError
 from ctdbench.method import Block, Method, MethodOptions, PairTables, Term
 
@@ -64,15 +64,15 @@ class Strict(Method):
         """`strict`: the KL in nats, and the number of 1:1 chunks."""
         rows = _single_rows(block)
         own, taught = block.pair.shared.to(rows.device).T
-        logits = block.taught().scores()[rows[:, 1]].detach()
-        top = logits.index_select(1, taught).topk(min(self.options.top, len(taught)))
-        chosen = block.student.scores()[rows[:, :1], own[top.indices]]
+        logits, scores = block.taught().scores().detach(), block.student.scores()
+        parts = pieces.by_rows(rows[:, 1], logits.shape[1])
+        tops = [self._top(logits[part], taught) for part in parts]
+        top, teacher = (torch.cat(found) for found in zip(*tops, strict=True))
+        student = scores[rows[:, :1], own[top]]
         if self.options.renormalise:
-            student, teacher = chosen.log_softmax(-1), top.values.log_softmax(-1)
+            student = student.log_softmax(-1)
         else:
-            whole = block.student.scores()[rows[:, 0]]
-            student = chosen - whole.logsumexp(-1, keepdim=True)
-            teacher = top.values - logits.logsumexp(-1, keepdim=True)
+            student = student - ops.rows_of(scores, rows[:, 0]).logsumexp(-1, keepdim=True)
         total = (student.exp() * (student - teacher)).sum()
         return {"strict": Term(total, rows.new_tensor(len(rows)))}
 
@@ -80,6 +80,13 @@ class Strict(Method):
         """Chunks of one token on each side."""
         rows = _single_rows(block)
         return {"strict": rows.new_tensor(len(rows))}
+
+    def _top(self, logits: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """K of the teacher's rows [m, V_T] as places in `shared`, and log q there, [m, |K|]."""
+        top = logits.index_select(1, shared).topk(min(self.options.top, len(shared)))
+        if self.options.renormalise:
+            return top.indices, top.values.log_softmax(-1)
+        return top.indices, top.values - logits.logsumexp(-1, keepdim=True)
 
 
 def _single_rows(block: Block) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
+from ctdbench import ops, pieces
 from ctdbench.method import Block, Method, MethodOptions, Needs, Term
 
 META = {
@@ -75,21 +75,28 @@ class ULD(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`uld`: the sum over documents of their share in this block; the count likewise."""
-        rows = _paired_rows(self.options.alignment, block)
-        sides = (block.student, block.taught())
-        temperatures = (self.options.temperature_student, self.options.temperature_teacher)
-        student, teacher = (
-            ops.merged_chunks(side.scores(), side.token, side.chunk, last, block.chunks, heat)
-            if self.options.alignment == "chunks"
-            else (side.scores()[last] / heat).softmax(-1)
-            for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
-        )
-        share = _shares(block, rows)
-        return {"uld": Term((ops.sorted_l1(student, teacher) * share).sum(), share.sum())}
+        if self.options.alignment == "chunks":
+            parts = pieces.by_chunks(block)
+        else:
+            parts = pieces.by_pairs(block, _paired_rows("positions", block))
+        totals = pieces.totals(self._totals, block, parts)
+        return {"uld": Term(totals["uld"], self.counts(block)["uld"])}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Documents: every pair counts 1/n of its document, which may reach over several blocks."""
         return {"uld": _shares(block, _paired_rows(self.options.alignment, block)).sum()}
+
+    def _totals(self, block: Block) -> dict[str, Tensor]:
+        rows = _paired_rows(self.options.alignment, block)
+        sides = (block.student, block.taught())
+        temperatures = (self.options.temperature_student, self.options.temperature_teacher)
+        student, teacher = (
+            ops.merged_chunks(side.scores(), side.token, side.chunk, last, block.chunks, heat).exp()
+            if self.options.alignment == "chunks"
+            else ops.tempered(ops.rows_of(side.scores(), last), heat).softmax(-1)
+            for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
+        )
+        return {"uld": (ops.sorted_l1(student, teacher) * _shares(block, rows)).sum()}
 
 
 def _paired_rows(alignment: str, block: Block) -> Tensor:

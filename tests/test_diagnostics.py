@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import bpe_tokenizer, byte_tokenizer
 from wheel_tokenizers import wheel_token_bytes
 
+from ctdbench.errors import UserError
 from ctdbench.text.critical_tokens import (
     CLASSES,
     CriticalClass,
@@ -125,6 +126,8 @@ def test_a_sentence_in_chunks_is_the_sentence_on_both_sides() -> None:
         Chunk(chunk.teacher, chunk.student) for chunk in chunks
     ]
     assert chunked_sentence(student, teacher, "") == []
+    with pytest.raises(UserError, match="lone surrogate at character 4"):
+        chunked_sentence(student, teacher, "The \udce9")
 
 
 def test_a_sentence_of_real_tokenizers() -> None:

@@ -124,7 +124,7 @@ def test_two_processes_train_as_one(name: str, two_processes: Path, tmp_path: Pa
         torch.testing.assert_close(found[0][key], value, rtol=0, atol=1e-5)
     assert losses(two_processes / name) == pytest.approx(losses(tmp_path), rel=1e-5)
     kept = sorted((two_processes / name / "checkpoints").iterdir())
-    assert [path.name for path in kept] == ["step-0000002"]
+    assert [path.name for path in kept] == ["step-0000002", "step-0000003"]
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ from ctdbench.report.formats.numbers import count, number, percent, significant
 from ctdbench.report.tables import Difference, RowCost
 
 GOLDEN = Path(__file__).parent / "golden" / "tables"
-SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex"}  # the others' are their names
-FILES = {name: f"example.{SUFFIXES.get(name, name)}" for name in report.FORMATS}
+FILES = {name: f"example.{report.SUFFIXES.get(name, name)}" for name in report.FORMATS}
 BPB, ACC = Column("bpb_heldout", "bpb"), Column("piqa", "acc_bytes")
 NASTY = "a_b%c&d#e$f{g}h^i~j\\k<l>m|n*o`p±–↓λé中 \x07 --q"
 

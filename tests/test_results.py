@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctdbench import results
-from ctdbench.errors import UserError
+from ctdbench.errors import RunError, UserError
 
 SCORES: dict[str, dict[str, float | None]] = {"piqa": {"acc": 0.5, "bpb": 1.25}}
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)
@@ -48,7 +49,7 @@ def test_a_write_that_fails_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=re.escape(f"cannot write {path}: No space left")):
         results.write_json_atomic(path, "after")
     assert json.loads(path.read_text()) == "before"
     assert list(tmp_path.iterdir()) == [path]

@@ -24,8 +24,8 @@ from ctdbench.spec import (
     parse_bytes,
 )
 
-STUDENT = ModelSpec(model="dir:student")
-PAIR = PairSpec(name="pair", student=STUDENT, teachers=(TeacherSpec(model="dir:teacher"),))
+STUDENT = ModelSpec(model="hub:a/student")
+PAIR = PairSpec(name="pair", student=STUDENT, teachers=(TeacherSpec(model="hub:a/teacher"),))
 RUN = RunSpec(method="bld", pair=PAIR, options={"kl_weight": 0.1})
 
 # Another value for every field; a new field has to be entered here, in one list or the other.
@@ -37,8 +37,8 @@ CHANGES_THE_RESULT: list[tuple[type[Frozen], dict[str, Any]]] = [
     (
         ModelSpec,
         {
-            "model": "dir:other",
-            "tokenizer": "dir:other",
+            "model": "hub:a/other",
+            "tokenizer": "hub:a/other",
             "layers": 3,
             "start": "first_byte",
             "add_subwords": True,
@@ -49,8 +49,8 @@ CHANGES_THE_RESULT: list[tuple[type[Frozen], dict[str, Any]]] = [
         PairSpec,
         {
             "name": "other",
-            "student": ModelSpec(model="dir:s2"),
-            "teachers": (TeacherSpec(model="dir:t2"),),
+            "student": ModelSpec(model="hub:a/s2"),
+            "teachers": (TeacherSpec(model="hub:a/t2"),),
             "lora": Lora(),
             "learning_rate": 3e-4,
         },
@@ -78,7 +78,13 @@ CHANGES_THE_RESULT: list[tuple[type[Frozen], dict[str, Any]]] = [
     ),
     (
         EvalSpec,
-        {"tasks": ("gsm8k",), "limit": 3, "batch_size": 2, "precision": "bfloat16"},
+        {
+            "tasks": ("gsm8k",),
+            "limit": 3,
+            "held_out": "validation",
+            "batch_size": 2,
+            "precision": "bfloat16",
+        },
     ),
     (
         RunSpec,
@@ -95,7 +101,14 @@ CHANGES_THE_RESULT: list[tuple[type[Frozen], dict[str, Any]]] = [
 ]
 RUNTIME: dict[type[Frozen], dict[str, Any]] = {
     PairSpec: {"title": "words"},
-    TrainSpec: {"micro_batch": 2, "block_rows": 8, "checkpoint_every": 0},
+    TrainSpec: {
+        "micro_batch": 2,
+        "block_rows": 8,
+        "compile": True,
+        "teacher_cache": None,
+        "workers": 2,
+        "checkpoint_every": 0,
+    },
     EvalSpec: {"data_dir": "somewhere"},
 }
 

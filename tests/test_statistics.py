@@ -373,6 +373,8 @@ def test_estimates_choose_their_interval() -> None:
     ratio = estimate(outcomes(x, weights=weights), bootstrap=seeded)
     assert ratio.test == "bootstrap"
     assert (ratio.low, ratio.high) == statistics.bootstrap(x, Items(weights), seed=4)[:2]
+    two = estimate(outcomes([[0.0] * 9 + [1.0], [1.0] * 5 + [0.0] * 5]))  # t of one degree
+    assert (two.low, two.high) == (0, 1)
     several = estimate(outcomes(bits))
     half = two_way([bits], Items(np.ones(50))).half_width()
     assert several.high - several.value == pytest.approx(half)

@@ -41,7 +41,9 @@ def _describe(error: Exception) -> tuple[str, int]:
         line = error.format_message() + (f" See {context.command_path} --help" if context else "")
     else:
         line = f"{type(error).__name__}: {error} (--debug shows where)"
-    return " ".join(line.split()), getattr(error, "exit_code", 1)
+    # What a file or a name holds must not command the terminal.
+    shown = "".join(c if c.isprintable() else " " for c in line)
+    return " ".join(shown.split()), getattr(error, "exit_code", 1)
 
 
 app = typer.Typer(

@@ -71,8 +71,7 @@ def run(
     spec = request.resolve_options(spec)
     from ctdbench.launch.cell import run_cell
 
-    folder = Path(spec.eval.data_dir) if spec.eval.data_dir else None
-    result = run_cell(spec, store, data_dir=folder)
+    result = run_cell(spec, store, data_dir=spec.eval.data)
     if result["was_done"]:
         typer.echo("This cell was done already; nothing was computed.", err=True)
     _show_beside(result, store)

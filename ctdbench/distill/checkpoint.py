@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ctdbench import atomic
+from ctdbench.distill.references import fingerprint
 from ctdbench.errors import RunError
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
-KEPT = 2  # the newest may turn out truncated after a power cut
+KEPT = 2  # the newest may turn out damaged
 
 
 def save(
@@ -25,19 +26,15 @@ def save(
     """Write `folder/step-N`, then remove all but the newest two checkpoints.
 
     Holds every trained parameter, AdamW's moments and `state`, whose "step" is N; a reader sees it
-    whole or not.
+    whole or not. Raises RunError where the disk is full.
     """
     target = folder / f"step-{state['step']:07d}"
-    temporary = folder / f"{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(_tensors(network, optimizer), temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
-    for name in (TENSORS, STATE):
-        with (temporary / name).open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    shutil.rmtree(target, ignore_errors=True)  # one that could not be read
+    with atomic.new_folder(target) as temporary:
+        save_file(_tensors(network, optimizer), temporary / TENSORS)
+        sums = {TENSORS: fingerprint(temporary / TENSORS)}
+        text = json.dumps({"sha256": sums, "state": state})
+        (temporary / STATE).write_text(text, encoding="utf-8")
     for older in _all(folder)[:-KEPT]:
         shutil.rmtree(older)
 
@@ -45,15 +42,14 @@ def save(
 def load(
     folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that can be read, in place, and return its state.
+    """Restore the newest checkpoint that is intact, in place, and return its state.
 
-    None where there is no checkpoint. Raises RunError, naming the newest, where none can be read.
+    None where there is no checkpoint. Raises RunError, naming the newest, where none is intact.
     """
     failures: list[tuple[Path, Exception]] = []
     for path in reversed(_all(folder)):
         try:
-            tensors = load_file(path / TENSORS)
-            state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            state, tensors = _read(path)
             _restore(tensors, network, optimizer)
             return state
         except Exception as error:  # truncated, foreign or of another shape: the same to the user
@@ -66,7 +62,16 @@ def load(
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+    return sorted(folder.glob("step-*"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and tensors as they were written; raises for anything else."""
+    stored = json.loads((path / STATE).read_text(encoding="utf-8"))
+    for name, digest in stored["sha256"].items():
+        if fingerprint(path / name) != digest:
+            raise ValueError(f"{name} is damaged")
+    return stored["state"], load_file(path / TENSORS)
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,6 +92,10 @@ def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def _restore(
     tensors: dict[str, Tensor], network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
+    shapes = {f"parameter:{name}": p.shape for name, p in _trained(network).items()}
+    stored = {key: tensor.shape for key, tensor in tensors.items() if key in shapes}
+    if stored != shapes:
+        raise ValueError("it is of another network")
     for name, parameter in _trained(network).items():
         parameter.copy_(tensors[f"parameter:{name}"])
         optimizer.state[parameter] = {

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from ctdbench import atomic
 from ctdbench.distill.references import PROMPTS
 from ctdbench.errors import UserError
 
@@ -179,8 +180,6 @@ def write_corpus(
         "bytes": sum(len(text.encode("utf-8")) for text in texts),
     }
     lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
-    temporary.replace(path)
+    atomic.write_bytes(path, gzip.compress(lines.encode("utf-8"), mtime=0))
     beside = path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + ".json")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    atomic.write_bytes(beside, (json.dumps(record, indent=1) + "\n").encode())

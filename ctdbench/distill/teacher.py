@@ -63,11 +63,14 @@ class Teacher:
         total = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)
         return (total / len(states)).cpu()
 
-    def byte_distributions(self, batch: Batch, hidden: Tensor | None, needs: Needs) -> Tensor:
+    def byte_distributions(
+        self, batch: Batch, hidden: Tensor | None, needs: Needs, block_rows: int = ROWS_AT_A_TIME
+    ) -> Tensor:
         """The teacher's distribution of every byte of the batch's documents joined, [N, 257].
 
         Bytes that no teacher row predicts (a first token without BOS) have a row of zeros.
-        hidden: [B * L, d], or None for `beam`, which runs the model by itself.
+        hidden: [B * L, d], or None for `beam`, which runs the model by itself. block_rows: as many
+        rows, or fewer, have their probabilities at a time.
         """
         if hidden is None:
             return torch.cat([self._beam(text) for text in batch.texts]).to(
@@ -79,9 +82,10 @@ class Teacher:
         token = torch.where(in_text, side.token, -1)
         first = batch.first_bytes()
         out = torch.zeros(batch.size, ops.BYTES + 1, dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(side.position), ROWS_AT_A_TIME):
+        step = max(1, min(block_rows, ROWS_AT_A_TIME) - 1)
+        for start in range(0, len(side.position), step):
             lead = min(start, 1)  # `mixed` reads the row before, too
-            rows = slice(start - lead, start + ROWS_AT_A_TIME)
+            rows = slice(start - lead, start + step)
             width = (side.byte_end - side.byte_start)[rows]
             wanted = torch.ones_like(width, dtype=torch.bool)
             wanted[:lead] = False

@@ -204,7 +204,7 @@ class View:
             self.load_states()
         if needs.bytes is not None:
             live = None if needs.bytes == "beam" else self.states
-            self.bytes = self.teacher.byte_distributions(self.batch, live, needs)
+            self.bytes = self.teacher.byte_distributions(self.batch, live, needs, self.block_rows)
 
     def unload(self) -> None:
         """Let go of what `load` made."""

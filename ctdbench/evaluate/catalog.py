@@ -172,8 +172,8 @@ def leaf_configs(name: str, configs: Mapping[str, Config]) -> Iterator[Config]:
             yield {**common, **configs.get(member["task"], {}), **member}
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads lm-eval's `!function` as the text behind it."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """SafeLoader, where it can in C, that reads lm-eval's `!function` as the text behind it."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))

@@ -1,38 +1,39 @@
 """One cell from request to result: content hashes, baselines, training, evaluation, one JSON.
 
 A result is written last. The same request again finds it, or resumes from the newest checkpoint.
+While a process works in a cell's folder, no other one does.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as hf_logging
 
-from ctdbench import __version__, registry, results
+from ctdbench import registry, results
 from ctdbench.distill import models, references, train
 from ctdbench.distill.corpus import Corpus, load_corpus, training_order
+from ctdbench.distill.examples import build_examples
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.setting import Setting, balancing, pair_tables, save_modules
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import Guide
-from ctdbench.errors import UserError
+from ctdbench.errors import RunError, UserError
 from ctdbench.evaluate import (
     EvaluationRequest,
     evaluate,
@@ -40,11 +41,12 @@ from ctdbench.evaluate import (
     task_content,
     task_texts,
 )
+from ctdbench.launch.lock import exclusive, is_locked
+from ctdbench.launch.provenance import now, provenance, without_private
 from ctdbench.method import create
 from ctdbench.spec import ModelSpec, RunSpec, TrainSpec
 
 ENGINE_VERSION = 1  # raised when a change to the engine changes numbers
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "lm-eval", "datasets", "tokenizers")
 
 
 def run_cell(
@@ -53,11 +55,12 @@ def run_cell(
     """The cell's result; `was_done` says whether it was there before.
 
     The baselines `start` and `teacher` are evaluated once a pair and evaluation settings. Raises
-    UserError and its kin; a run that failed after its start leaves a result with status "failed".
+    UserError and its kin, RunError where another process computes the cell; a run that failed after
+    its start leaves a result with status "failed".
     """
     corpus, notes = decontaminated(load_corpus(spec.train.corpus, data_dir), spec, data_dir)
     cell = Cell(spec, store, corpus, data_dir, notes)
-    found = results.finished(cell.folder)
+    found = _finished(cell.folder)
     if found is not None:
         return {**found, "was_done": True}
     _check(spec, corpus)
@@ -65,15 +68,35 @@ def run_cell(
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
-    pair = LoadedPair(spec, accelerator.device)
+    with exclusive(cell.folder) if accelerator.is_main_process else nullcontext():
+        (found,) = broadcast_object_list([results.finished(cell.folder)])  # by now, by another one
+        if found is not None:
+            return {**found, "was_done": True}
+        return {**_compute(cell, accelerator, progress=progress), "was_done": False}
+
+
+def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results.Result:
+    """The baselines that are missing, then the cell."""
+    spec, pair = cell.spec, LoadedPair(cell.spec, accelerator.device)
     method = create(spec.method, spec.options)
     for teacher in pair.teachers:
         method.check(pair_tables(pair.student, teacher))
+    if method.needs.text != "teacher":
+        _check_text(cell, pair)
     if accelerator.is_main_process:
         for name in results.baselines(len(spec.pair.teachers)):
             _baseline(cell, name, pair, progress=progress)
     accelerator.wait_for_everyone()
-    return {**cell.run(pair, accelerator, progress=progress), "was_done": False}
+    return cell.run(pair, accelerator, progress=progress)
+
+
+def _finished(folder: Path) -> results.Result | None:
+    """The result of a cell that is done, rid of what a process killed right after it left."""
+    found = results.finished(folder)
+    if found is not None and is_locked(folder):
+        with suppress(UserError), exclusive(folder):
+            shutil.rmtree(folder / results.CHECKPOINTS, ignore_errors=True)
+    return found
 
 
 def _check(spec: RunSpec, corpus: Corpus) -> None:
@@ -83,6 +106,19 @@ def _check(spec: RunSpec, corpus: Corpus) -> None:
     if method.needs.bytes == "beam" and spec.train.template == "chat":
         raise UserError("method.bytes: beam reads plain text", "set train.template=plain")
     training_order(corpus, spec.seed, spec.train.budget, spec.train.document_bytes)
+
+
+def _check_text(cell: Cell, pair: LoadedPair) -> None:
+    """Raise UserError, before anything is evaluated, where no document can be trained on."""
+    asked, skipped = cell.spec.train, Counter[str]()
+    first, *others = pair.teachers
+    for document in training_order(cell.corpus, cell.spec.seed, asked.budget, asked.document_bytes):
+        found, reasons = build_examples([document], pair.student, first, asked.template, others)
+        if found:
+            return
+        skipped.update(reasons)
+    told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    raise UserError(f"corpus {asked.corpus} leaves nothing to train on ({told})")
 
 
 class LoadedPair:
@@ -137,6 +173,8 @@ class Cell:
 
     def run(self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool) -> results.Result:
         """Train, evaluate, write the result; what breaks on the way is recorded and raised."""
+        if accelerator.is_main_process:  # of an attempt that failed
+            (self.folder / results.RESULT).unlink(missing_ok=True)
         try:
             student, cost = self._train(pair, accelerator, progress=progress)
             if accelerator.is_main_process:
@@ -149,8 +187,8 @@ class Cell:
             raise
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            shutil.rmtree(self.folder / train.CHECKPOINTS, ignore_errors=True)
-        return results.read_result(self.folder / "result.json")
+            shutil.rmtree(self.folder / results.CHECKPOINTS, ignore_errors=True)
+        return results.read_result(self.folder / results.RESULT)
 
     def _train(
         self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool
@@ -178,7 +216,9 @@ class Cell:
         side, stated = pair.teachers[index], self.spec.pair.teachers[index]
         tables = pair_tables(pair.student, side)
         drawn = {name: value for name, value in stated.identity().items() if name != "weight"}
-        identity = json.dumps([self.content[_teacher_name(index)], drawn], sort_keys=True)
+        identity = json.dumps(
+            [self.content[_teacher_name(index)], ENGINE_VERSION, drawn], sort_keys=True
+        )
         teacher = Teacher(side, tables.teacher_trie, precision, identity)
         suffix = f"@{index + 1}" if index else ""
         return Guide(teacher, tables, suffix, stated.weight)
@@ -197,7 +237,7 @@ class Cell:
                 limit=spec.limit,
                 batch_size=spec.batch_size,
                 data_dir=self.data_dir,
-                heldout=[document.text for document in self.corpus.held_out],
+                heldout=[d.text for d in self.corpus.held_out_part(spec.held_out)],
                 precision=spec.precision,
             )
         )
@@ -210,23 +250,25 @@ class Cell:
         result["provenance"]["evaluation"] = evaluation.settings
         for task, rows in evaluation.samples.items():
             results.write_jsonl_atomic(self.folder / "samples" / f"{task}.jsonl", rows)
-        results.write_json_atomic(self.folder / "result.json", result)
+        results.write_json_atomic(self.folder / results.RESULT, without_private(result))
 
     def _record_failure(self, error: Exception) -> None:
         line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        results.write_json_atomic(self.folder / "result.json", self._result("failed", [line], {}))
+        result = without_private(self._result("failed", [line], {}))
+        with suppress(RunError):  # a full disk is what may have broken the run
+            results.write_json_atomic(self.folder / results.RESULT, result)
 
     def _result(self, status: str, notes: Sequence[str], cost: Mapping[str, Any]) -> results.Result:
         return {
             "version": 1,
             "id": self.id,
             "status": status,  # type: ignore[typeddict-item]
-            "spec": self.spec.model_dump(mode="json"),
+            "spec": self.spec.model_dump(mode="json"),  # type: ignore[typeddict-item]
             "content": self.content,
             "scores": {},
             "stderr": {},
             "cost": cost,  # type: ignore[typeddict-item]
-            "provenance": {**self.provenance, "created": _now()},
+            "provenance": {**self.provenance, "created": now()},
             "notes": list(notes),
         }
 
@@ -238,10 +280,17 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
         update={"method": method, "seed": 0, "options": {}, "train": neutral}
     )
     own = Cell(spec, cell.store, cell.corpus, cell.data_dir, cell.notes)
-    if results.finished(own.folder) is None:
-        if progress:
-            print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
-        own.evaluate(pair.baseline(method), pair, {})
+    if _finished(own.folder) is not None:
+        return
+
+    def wait() -> None:
+        print(f"waiting for another process that evaluates {method}", file=sys.stderr)
+
+    with exclusive(own.folder, waiting=wait):
+        if results.finished(own.folder) is None:
+            if progress:
+                print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
+            own.evaluate(pair.baseline(method), pair, {})
 
 
 def decontaminated(
@@ -295,53 +344,3 @@ def _method_code(name: str) -> str:
     point = info.entry_point
     assert point is not None
     return f"{point.value}@{point.dist.version if point.dist else 'unknown'}"
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, hardware and the state of the code; no paths, no names of people or hosts."""
-    return {
-        "created": _now(),
-        "versions": _versions(),
-        "hardware": _hardware(),
-        "git": _git(),
-    }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _versions() -> dict[str, str]:
-    found = {"ctdbench": __version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in PACKAGES}
-
-
-def _hardware() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": memory,
-        "gpus": gpus,
-    }
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the clone that the engine runs from, and whether it changed; None in a wheel."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    code = ("ctdbench", "methods", "tasks", "pyproject.toml")  # what lies beside it does not count
-    commands = (("rev-parse", "HEAD"), ("status", "--porcelain", "--", *code))
-    try:
-        commit, status = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "changed": bool(status)}

@@ -7,6 +7,7 @@ two cores, NVIDIA-NeMo/RL at 7ea279a. Another machine shifts the ratios.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,10 @@ def compare(settings: Settings) -> list[Comparison]:
 
 
 def _comparison(name: str, timing: Timing, stated: float, repeats: int) -> Comparison:
-    note = f"theirs is a stated figure, not of this run; {ROWS} rows, {repeats} repeats"
+    note = "theirs is a stated figure, not of this run: compare on an idle machine (load now "
+    note += f"{os.getloadavg()[0]:.1f}); {ROWS} rows, {repeats} repeats, {THREADS} threads"
     theirs = Timing(stated, stated, stated)
-    return Comparison(f"{name} (NeMo-RL)", (timing, theirs), 2, f"{note}, {THREADS} threads")
+    return Comparison(f"{name} (NeMo-RL)", (timing, theirs), 2, note)
 
 
 def _loss(given: Inputs, name: str, options: dict[str, Any]) -> Callable[[], object]:
