@@ -19,7 +19,7 @@ from ctdbench import ops
 from ctdbench.rows import Block, PairTables
 from ctdbench.text.prefixes import PrefixMap
 
-NONE = -1e30  # log-probability of a cell outside the partition; finite, since 0 * inf is no number
+NONE = -1e30  # logit of a token outside the residual class; finite, since there may be no other
 EMPTY = math.log(1e-12)  # of the student's residual class where no token is left for it
 KEY = 1 << 32  # more bytes than a document has: (chunk, byte) as one sortable number
 
@@ -107,26 +107,28 @@ def teacher_masses(block: Block, starts: Starts) -> tuple[Tensor, Tensor]:
 
     The last column is the residual class. Every row sums to 1; the second is bool.
     """
-    logits = block.taught().scores()[starts.rows].float()
-    norm = logits.logsumexp(-1)
+    logits = ops.rows_of(block.taught().scores(), starts.rows).float()
+    chances = logits.softmax(-1)
+    norm = logits.amax(-1) - chances.amax(-1).log()
     target = logits.new_zeros(len(starts.student), block.student.scores().shape[1] + 1)
     masses = _Masses(target, torch.zeros_like(target, dtype=torch.bool), norm[starts.first])
-    _fill_plain(block, starts, logits, masses)
+    _fill_plain(block, starts, chances, masses)
     _fill_inner(block, starts, logits, masses)
     _move_spanning(block, starts, logits, norm, masses)
     return masses.target, masses.reached
 
 
-def _fill_plain(block: Block, starts: Starts, logits: Tensor, masses: _Masses) -> None:
+def _fill_plain(block: Block, starts: Starts, chances: Tensor, masses: _Masses) -> None:
     """Rows where both sides start: all of the teacher's tokens by their longest prefix."""
     plain = torch.nonzero(starts.emitted == 0).squeeze(1)
-    first = prefix_maps(block.pair, logits.device).first
+    first = prefix_maps(block.pair, chances.device).first
     rest = masses.target.shape[1] - 1
     cell = torch.where(first >= 0, first, rest)
-    chances = (logits[starts.first[plain]] - masses.denominator[plain, None]).exp()
-    sums = masses.target.new_zeros(len(plain), rest + 1)
-    masses.target[plain] = sums.scatter_add_(1, cell.expand(len(plain), -1), chances)
-    masses.reached[plain] = masses.reached.new_zeros(rest + 1).index_fill(0, cell, True)
+    chances = ops.rows_of(chances, starts.first[plain])
+    sums = chances.new_zeros(len(plain), rest + 1).index_add_(1, cell, chances)
+    masses.target.index_copy_(0, plain, sums)
+    reached = masses.reached.new_zeros(rest + 1).index_fill_(0, cell, True)
+    masses.reached.index_copy_(0, plain, reached.expand_as(sums))
 
 
 def _fill_inner(block: Block, starts: Starts, logits: Tensor, masses: _Masses) -> None:
@@ -204,25 +206,31 @@ def _suffix_cells(pair: PairTables, token: Tensor, emitted: Tensor, rest: int) -
 def divergences(block: Block, starts: Starts, beta: float | None = None) -> Tensor:
     """KL( t || p ) at every row, or with `beta` the generalized JSD, in nats: [P].
 
-    t are `teacher_masses`, p the student's over the same cells and its residual class.
+    t are `teacher_masses`, p the student's over the same cells and its residual class. Computed
+    over all of the student's tokens, with t's residual divided among those of its class as p is:
+    that changes neither the divergence nor its gradient.
     """
-    target, reached = teacher_masses(block, starts)
-    scores = class_scores(block.student.scores()[starts.student], reached)
+    masses, reached = teacher_masses(block, starts)
+    logits = ops.rows_of(block.student.scores(), starts.student).float()
+    target, lost = _divided(masses, reached, logits.detach())
     if beta is None:
-        return -(torch.special.entr(target) + target * scores).sum(-1)
-    chances = scores.exp()
-    mixed = (beta * target + (1 - beta) * chances).clamp(min=torch.finfo(scores.dtype).tiny).log()
-    taught = -(torch.special.entr(target) + target * mixed).sum(-1)
-    return beta * taught + (1 - beta) * (chances * (scores - mixed)).sum(-1)
+        return ops.forward_kl(logits, target) + lost * (ops.log(lost) - EMPTY)
+    chances, scores = logits.softmax(-1), logits.log_softmax(-1)
+    none = torch.full_like(lost, EMPTY)
+    return _jsd(target, chances, scores, beta).sum(-1) + _jsd(lost, none.exp(), none, beta)
 
 
-def class_scores(logits: Tensor, reached: Tensor) -> Tensor:
-    """The student's log-probabilities of the cells and of its residual class, [P, V_S + 1].
+def _divided(masses: Tensor, reached: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The masses [P, V_S] with the residual at its class's tokens, by the student's logits; and [P]
+    the residual where its class has no token."""
+    cells, reached, rest = masses[:, :-1], reached[:, :-1], masses[:, -1]
+    within = logits.masked_fill(reached, NONE).softmax(-1)
+    empty = reached.all(1)
+    divided = cells + within.mul_(torch.where(empty, 0, rest)[:, None])
+    return divided, torch.where(empty, rest, 0)
 
-    logits [P, V_S]; reached [P, V_S + 1] bool. Cells that are not reached have NONE.
-    """
-    cells = reached[:, :-1]
-    scores = logits.float().log_softmax(-1)
-    rest = scores.masked_fill(cells, NONE).logsumexp(-1)
-    rest = torch.where(cells.all(1), EMPTY, rest)
-    return torch.cat([scores.masked_fill(~cells, NONE), rest[:, None]], 1)
+
+def _jsd(taught: Tensor, chances: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """Summands of the JSD of masses and probabilities; scores: the logarithms of these."""
+    mixed = ops.log(beta * taught + (1 - beta) * chances)
+    return beta * taught * (ops.log(taught) - mixed) + (1 - beta) * chances * (scores - mixed)

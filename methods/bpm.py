@@ -30,7 +30,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import prefix_ops
+from ctdbench import pieces, prefix_ops
 from ctdbench.method import Block, Method, MethodOptions, Term
 
 META = {
@@ -72,15 +72,18 @@ class BPM(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`bpm`: the divergence in nats, and the number of rows."""
-        starts = prefix_ops.token_starts(block, self.options.drop_whitespace)
-        beta = self.options.beta if self.options.divergence == "jsd" else None
-        total = prefix_ops.divergences(block, starts, beta).sum()
-        return {"bpm": Term(total, starts.student.new_tensor(len(starts.student)))}
+        totals = pieces.totals(self._totals, block, pieces.by_chunks(block))
+        return {"bpm": Term(totals["bpm"], self.counts(block)["bpm"])}
 
     def counts(self, block: Block) -> Mapping[str, Tensor]:
         """Rows that are not dropped."""
         rows = prefix_ops.token_starts(block, self.options.drop_whitespace).student
         return {"bpm": rows.new_tensor(len(rows))}
+
+    def _totals(self, block: Block) -> dict[str, Tensor]:
+        starts = prefix_ops.token_starts(block, self.options.drop_whitespace)
+        beta = self.options.beta if self.options.divergence == "jsd" else None
+        return {"bpm": prefix_ops.divergences(block, starts, beta).sum()}
 
 
 METHOD = BPM

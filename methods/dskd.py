@@ -22,8 +22,8 @@ from sums that `prepare` takes, so that neither blocks nor micro-batches nor pro
 loss. A tensor that does not vary is divided by 1. A document with scored rows on one side alone has
 nothing to attend to: its rows are in the count only (public code: they attend to padding).
 
-Blocks are whole documents, and so is the memory: beside both sides' logits t2s [n_S, V_S] and s2t
-[n_T, V_T] of a block's scored rows, and A [n_S, n_T], over all of its documents.
+Blocks are whole documents, and so are both sides' logits, and A [n_S, n_T] over all documents of a
+block. The logits of t2s and s2t are made some rows at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from ctdbench import pieces
 from ctdbench.errors import UserError
 from ctdbench.method import (
     Block,
@@ -130,24 +132,39 @@ class DSKD(Method):
 
     def _totals(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         student, teacher = _sides(block.student, block.taught())
-        label = block.student.token[student.row]
         t2s, s2t = _projected(student, teacher, _deviations(block.batch), modules)
-        right = torch.nonzero(t2s.argmax(-1) == label)[:, 0]
+        label = block.student.token[student.row]
         tau, tau_teacher = self.options.kd_temperature, self.options.teacher_temperature
-        own = _widened(block.student.scores()[student.row[right]])
-        taught = _widened(block.taught().scores().detach()[teacher.row])
+        targets = block.taught().scores().detach()
+
+        def t2s_ce(number: int, states: Tensor) -> dict[str, Tensor]:
+            logits = student.logits(states)
+            return {"t2s_ce": cross_entropy(logits, label[student.parts[number]], reduction="sum")}
+
+        def t2s_kd(number: int, scores: Tensor) -> dict[str, Tensor]:
+            part = student.parts[number]
+            logits = student.logits(t2s.detach()[part])
+            right = torch.nonzero(logits.argmax(-1) == label[part])[:, 0]
+            return {"t2s_kd": _divergence(logits[right] / (tau * tau_teacher), scores[right] / tau)}
+
+        def s2t_kd(number: int, states: Tensor) -> dict[str, Tensor]:
+            target = _widened(targets[teacher.row[teacher.parts[number]]])
+            return {"s2t_kd": _divergence(target / tau, teacher.logits(states) / tau)}
+
+        rows = [student.row[part] for part in student.parts]
         return {
-            "t2s_ce": nn.functional.cross_entropy(t2s, label, reduction="sum"),
-            "t2s_kd": _divergence(t2s.detach()[right] / (tau * tau_teacher), own / tau),
-            "s2t_kd": _divergence(taught / tau, s2t / tau),
+            **pieces.summed(t2s_ce, student.parts, t2s),
+            **pieces.summed(t2s_kd, rows, _widened(block.student.scores())),
+            **pieces.summed(s2t_kd, teacher.parts, s2t),
         }
 
 
 class _Side(NamedTuple):
     """The n rows of one side that take part: places, documents, states and `_states`' embeddings;
-    and how the model reads states out."""
+    in which runs their logits are made, and how the model reads states out."""
 
     row: Tensor
+    parts: list[pieces.Part]
     document: Tensor
     hidden: Tensor
     embedded: Tensor
@@ -172,7 +189,8 @@ def _side(rows: Rows, kept: Tensor, name: SideName) -> _Side:
     if rows.head is None:
         raise TypeError("dskd reads states out by the heads; set Needs(embeddings=True)")
     head = rows.head.detach()[: rows.scores().shape[1]]  # a padded table has rows of no token
-    return _Side(row, rows.document[row], hidden, embedded, head)
+    parts = pieces.by_rows(torch.arange(len(row), device=row.device), len(head))
+    return _Side(row, parts, rows.document[row], hidden, embedded, head)
 
 
 def _states(rows: Rows, name: SideName) -> tuple[Tensor, Tensor]:
@@ -203,7 +221,7 @@ def _deviations(sums: Tensor | None) -> Tensor:
 def _projected(
     student: _Side, teacher: _Side, deviations: Tensor, modules: Mapping[str, nn.Module]
 ) -> tuple[Tensor, Tensor]:
-    """t2s logits [n_S, V_S] and s2t logits [n_T, V_T]."""
+    """The states t2s [n_S, d_S], which the student's head reads, and s2t [n_T, d_T]."""
     of_keys, of_states, of_labels = deviations
     width = teacher.hidden.shape[1]
     scores = _mapped(modules["query"], student.embedded) @ (teacher.embedded / of_keys).T
@@ -211,8 +229,8 @@ def _projected(
     scores = (scores / math.sqrt(2 * width)).masked_fill(apart, -torch.inf)
     labels = teacher.embedded[:, width:] / of_labels
     values = _mapped(modules["t2s"], teacher.hidden.detach() / of_states + labels)
-    t2s = student.logits(scores.softmax(1) @ values)
-    return t2s, teacher.logits(scores.T.softmax(1) @ _mapped(modules["s2t"], student.hidden))
+    s2t = scores.T.softmax(1) @ _mapped(modules["s2t"], student.hidden)
+    return scores.softmax(1) @ values, s2t
 
 
 def _mapped(projector: nn.Module, values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops, prefix_ops
+from ctdbench import ops, pieces, prefix_ops
 from ctdbench.method import Block, Method, MethodOptions, Term
 from ctdbench.prefix_ops import Starts
 
@@ -65,11 +65,7 @@ class ESCD(Method):
 
     def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Term]:
         """`bpm`: nats and rows; `completion`: the same for the rows inside a teacher token."""
-        entered, inside = self._split(block)
-        totals = {
-            "bpm": prefix_ops.divergences(block, entered).sum(),
-            "completion": completion(block, inside),
-        }
+        totals = pieces.totals(self._totals, block, pieces.by_chunks(block))
         counts = self.counts(block)
         return {name: Term(total, counts[name]) for name, total in totals.items()}
 
@@ -78,6 +74,13 @@ class ESCD(Method):
         rows = (starts.student for starts in self._split(block))
         names = ("bpm", "completion")
         return {name: row.new_tensor(len(row)) for name, row in zip(names, rows, strict=True)}
+
+    def _totals(self, block: Block) -> dict[str, Tensor]:
+        entered, inside = self._split(block)
+        return {
+            "bpm": prefix_ops.divergences(block, entered).sum(),
+            "completion": completion(block, inside),
+        }
 
     def _split(self, block: Block) -> tuple[Starts, Starts]:
         starts = prefix_ops.token_starts(block, self.options.drop_whitespace)

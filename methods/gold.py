@@ -113,11 +113,11 @@ class GOLD(Method):
     def _distances(self, log_p: Tensor, log_q: Tensor, splits: Splits | None) -> dict[str, Tensor]:
         """Every term of every chunk: [M, V_S], [M, V_T] -> [M] each."""
         if splits is None:
-            return {"unmatched": ops.sorted_l1(log_p.exp(), log_q.exp())}
+            return {"unmatched": ops.sorted_l1(ops.exp(log_p), ops.exp(log_q))}
         own, taught = splits
         (log_p, rest), (log_q, other) = own.split(log_p), taught.split(log_q)
         matched = generalized_jsd(log_p, log_q, self.options.beta)
-        unmatched = ops.sorted_l1(rest.exp(), other.exp())
+        unmatched = ops.sorted_l1(ops.exp(rest), ops.exp(other))
         if self.options.weighting == "fixed":
             return {"matched": matched, "unmatched": unmatched}
         part = len(taught.some) / sum(map(len, taught))

@@ -96,7 +96,7 @@ class HKL(Method):
         most = min(rest.shape[1], other.shape[1], self.options.uncommon_topk)
         return {
             "kl_common": (first.exp() * (first - second)).sum(),
-            "l1_uncommon": ops.sorted_l1(rest.exp(), other.exp(), most).sum(),
+            "l1_uncommon": ops.sorted_l1(ops.exp(rest), ops.exp(other), most).sum(),
         }
 
     def _merged(self, rows: Rows, chunk: Tensor, chunks: int) -> Tensor:

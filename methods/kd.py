@@ -70,10 +70,11 @@ class KD(Method):
     def _totals(self, block: Block) -> dict[str, Tensor]:
         heat = self.options.temperature
         student, teacher = (
-            ops.tempered(ops.rows_of(side.scores(), index), heat).log_softmax(-1)
+            ops.tempered(ops.rows_of(side.scores(), index), heat)
             for side, index in zip((block.student, block.taught()), _rows(block), strict=True)
         )
-        return {"kd": heat**2 * (teacher.exp() * (teacher - student)).sum()}
+        kl = ops.forward_kl(student, teacher.softmax(-1), teacher.log_softmax(-1))
+        return {"kd": heat**2 * kl.sum()}
 
 
 def _rows(block: Block) -> Tensor:

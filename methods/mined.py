@@ -131,14 +131,15 @@ class MinED(Method):
         mapped: q's logits from the numbers of teacher rows [P], [P, V_S] in memory of its own.
         """
         heat = self.options.temperature
-        log_p = ops.tempered(logits.float(), heat).log_softmax(-1)
+        logits = ops.tempered(logits.float(), heat)
         alone, taught = (torch.nonzero(which)[:, 0] for which in (partner < 0, partner >= 0))
-        total = -log_p[alone, token[alone]].sum()
+        labels = token[alone]
+        total = nn.functional.cross_entropy(ops.rows_of(logits, alone), labels, reduction="sum")
         if not len(taught):
             return total
-        log_q = mapped(partner[taught]).div_(heat).log_softmax(-1)
-        log_p = ops.rows_of(log_p, taught)
-        return total + nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
+        target = mapped(partner[taught]).div_(heat)
+        logits = ops.rows_of(logits, taught)
+        return total + ops.forward_kl(logits, target.softmax(-1), target.log_softmax(-1)).sum()
 
     def _mapping(self, block: Block) -> Callable[[Tensor], Tensor]:
         """What takes the logits of teacher rows to the student's tokens, see `_total`."""

@@ -111,11 +111,11 @@ class SimCT(Method):
         sides = (units.student, units.taught())
         sizes = torch.stack([_sizes(side.chunk, units.chunks) for side in sides])
         long = (sizes > 1).any(0)
-        log_p, log_q = (
-            self._scores(side, count, long, columns).log_softmax(-1)
+        student, teacher = (
+            self._scores(side, count, long, columns)
             for side, count, columns in zip(sides, sizes, shared, strict=True)
         )
-        return {"simct": (log_p.exp() * (log_p - log_q)).sum()}
+        return {"simct": ops.reverse_kl(student, teacher.log_softmax(-1)).sum()}
 
     def _scores(self, rows: Rows, sizes: Tensor, long: Tensor, shared: Tensor) -> Tensor:
         """Scores of the shared vocabulary and of the own unit at the units' starts, [U, M + 1].

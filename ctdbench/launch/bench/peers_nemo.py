@@ -1,8 +1,8 @@
 """Our P-KL and H-KL beside the times of X-Token's own code in NeMo-RL.
 
-PyPI has no NeMo-RL (its `nemo-rl` is an empty placeholder), so their times are constants, not of
-this run: forward and backward at 32,768 x 32,768 tokens and 128 rows, two threads of a machine with
-two cores, NVIDIA-NeMo/RL at 7ea279a. Another machine shifts the ratios.
+PyPI has no NeMo-RL (its `nemo-rl` is an empty placeholder), so their times are constants and not of
+this run: taken beforehand on two threads of a machine with two cores, at 32,768 x 32,768 tokens and
+128 rows. Another machine, or one that is not idle, shifts the ratios.
 """
 
 from __future__ import annotations
