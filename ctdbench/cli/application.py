@@ -65,6 +65,19 @@ Plugins = Annotated[
     typer.Option("--plugin", metavar="FILE", help="Python file with your own method."),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' data; without it: the hub.")]
+Budget = Annotated[str | None, typer.Option(help="Text to train on, in bytes: 200kB, 1.5MB.")]
+Tasks = Annotated[str | None, typer.Option(help="Task names, separated by commas.")]
+Limit = Annotated[int | None, typer.Option(help="At most this many items a task.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Sections: train, method, eval."),
+]
+BlockRows = Annotated[
+    int | None, typer.Option(help="Rows whose logits exist at a time; less memory, same loss.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that comes with a hub model.")
+]
 
 
 @app.callback(invoke_without_command=True)

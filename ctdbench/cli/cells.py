@@ -9,11 +9,17 @@ import typer
 
 from ctdbench.cli.application import (
     DEFAULT_STORE,
+    BlockRows,
+    Budget,
     DataDir,
     Debug,
+    Limit,
     Pair,
     Plugins,
+    Settings,
     Store,
+    Tasks,
+    TrustRemoteCode,
     app,
     headline,
 )
@@ -24,27 +30,18 @@ def run(
     method: Annotated[str | None, typer.Option(help="A method's name (ctdbench list).")] = None,
     pair: Pair = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and new weights.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Text to train on, in bytes: 200kB, 1.5MB.")
-    ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Task names, separated by commas.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many items a task.")] = None,
+    budget: Budget = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
     data_dir: DataDir = None,
     store: Store = DEFAULT_STORE,
     config: Annotated[
         Path | None, typer.Option(help="YAML with method, pair, seed, options, train, eval.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Sections: train, method, eval."),
-    ] = None,
+    settings: Settings = None,
     plugin: Plugins = None,
-    block_rows: Annotated[
-        int | None, typer.Option(help="Rows whose logits exist at a time; less memory, same loss.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python that comes with a hub model.")
-    ] = False,
+    block_rows: BlockRows = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Train and evaluate one cell.

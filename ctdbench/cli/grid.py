@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ctdbench.cli.application import DEFAULT_STORE, DataDir, Debug, Plugins, Store, app, headline
+from ctdbench.cli.application import (
+    DEFAULT_STORE,
+    BlockRows,
+    Budget,
+    DataDir,
+    Debug,
+    Limit,
+    Plugins,
+    Settings,
+    Store,
+    Tasks,
+    TrustRemoteCode,
+    app,
+    headline,
+)
 from ctdbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,27 +52,18 @@ def sweep(
     grid: Annotated[
         Path | None, typer.Option(help="YAML: pairs, rows, seeds, train, eval, tuning.")
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Text to train on, in bytes: 200kB, 1.5MB.")
-    ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Task names, separated by commas.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many items a task.")] = None,
+    budget: Budget = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
     data_dir: DataDir = None,
     store: Store = DEFAULT_STORE,
     config: Annotated[
         Path | None, typer.Option(help="YAML with options, train, eval for every cell.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Sections: train, method, eval."),
-    ] = None,
+    settings: Settings = None,
     plugin: Plugins = None,
-    block_rows: Annotated[
-        int | None, typer.Option(help="Rows whose logits exist at a time; less memory, same loss.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python that comes with a hub model.")
-    ] = False,
+    block_rows: BlockRows = None,
+    trust_remote_code: TrustRemoteCode = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Cells at a time; default: one a GPU, else one.")
     ] = None,
