@@ -59,19 +59,56 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> Any:
-        inputs = ctx.saved_tensors
-        joined: list[Tensor | None] = [None] * len(inputs)
+        inputs, wanted = ctx.saved_tensors, ctx.given[2]
+        joined: dict[int, Tensor] = {}
         for number, slope in enumerate(slopes):
             if slope is None:
                 continue
             if number not in ctx.gradients:  # handed over before
-                run, parts, wanted = ctx.given
+                run, parts, _ = ctx.given
                 ctx.gradients = _evaluate(run, parts, wanted, inputs)[1]
             for index, gradient in ctx.gradients.pop(number).items():
                 gradient.mul_(slope)
-                before = joined[index]
-                joined[index] = gradient if before is None else before.add_(gradient)
-        return None, None, None, *joined
+                joined[index] = joined[index].add_(gradient) if index in joined else gradient
+        for index, each in enumerate(inputs):
+            if wanted[index] and index not in joined:
+                joined[index] = torch.zeros_like(each)
+        return None, None, None, *(joined.get(index) for index in range(len(inputs)))
+
+
+def rowwise(
+    function: Callable[[int, Tensor], Tensor], parts: Sequence[Part], values: Tensor
+) -> Tensor:
+    """What function(k, values[parts[k]]) makes of every row by itself, [R, m], joined.
+
+    parts: of all rows [R, ..], in order. Differentiable once, in `values`.
+    """
+    joined: Tensor = _Rowwise.apply(  # type: ignore[no-untyped-call]
+        function, parts, values, values.requires_grad and torch.is_grad_enabled()
+    )
+    return joined
+
+
+class _Rowwise(torch.autograd.Function):
+    """Keeps every part's own graph; autograd's for rows of a tensor would add up whole ones."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, parts: Any, values: Tensor, wanted: bool) -> Tensor:
+        leaves = [values.detach()[part].requires_grad_(wanted) for part in parts]
+        with torch.set_grad_enabled(wanted):
+            found = [function(number, leaf) for number, leaf in enumerate(leaves)]
+        ctx.kept = (parts, values.shape, leaves, found)
+        return torch.cat(found).detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[None, None, Tensor, None]:
+        parts, shape, leaves, found = ctx.kept
+        gradient = leaves[0].new_empty(shape)
+        for part, leaf, value in zip(parts, leaves, found, strict=True):
+            slope = slopes[part]
+            (gradient[part],) = torch.autograd.grad(value, leaf, slope, retain_graph=True)
+        return None, None, gradient, None
 
 
 Gradients = dict[int, dict[int, Tensor]]  # total -> input -> gradient
@@ -95,46 +132,48 @@ def _evaluate(
         with torch.set_grad_enabled(any(wanted)):
             found = run(number, *leaves)
         for index, total in enumerate(found):
-            last = index == len(found) - 1
-            slopes = _differentiated(total, leaves, last) if any(wanted) else {}
+            slopes = _differentiated(total, leaves, last=index == len(found) - 1)
             _add(gradients.setdefault(index, {}), slopes, parts, number, whole)
         summands = [total.detach() for total in found]
         totals = [a + b for a, b in zip(totals, summands, strict=True)] if totals else summands
     return totals, gradients
 
 
-def _differentiated(total: Tensor, leaves: Sequence[Tensor], last: bool) -> dict[int, Tensor]:
-    """Gradients of a total by the leaves that want one."""
-    live = {index: leaf for index, leaf in enumerate(leaves) if leaf.requires_grad}
+def _differentiated(total: Tensor, leaves: Sequence[Tensor], *, last: bool) -> dict[int, Tensor]:
+    """Gradients of a total by the leaves that it depends on, each in memory of its own."""
     if not total.requires_grad:
-        return {index: torch.zeros_like(leaf) for index, leaf in live.items()}
-    found = torch.autograd.grad(
-        total, list(live.values()), retain_graph=not last, materialize_grads=True
+        return {}
+    live = {index: leaf for index, leaf in enumerate(leaves) if leaf.requires_grad}
+    slopes = torch.autograd.grad(
+        total, list(live.values()), retain_graph=not last, allow_unused=True
     )
-    return dict(zip(live, found, strict=True))
+    found = zip(live, slopes, strict=True)
+    return {index: slope.contiguous() for index, slope in found if slope is not None}
 
 
 def _add(
     sums: dict[int, Tensor],
-    found: Mapping[int, Tensor],
+    slopes: dict[int, Tensor],
     parts: Sequence[Part],
     number: int,
     whole: Tensor,
 ) -> None:
     """A piece's gradients: rows of the first input's, summands of the others'."""
-    for index, gradient in found.items():
-        if index:
-            sums[index] = sums[index].add_(gradient) if number else gradient.contiguous()
-        elif len(parts) == 1 and len(gradient) == len(whole) and isinstance(parts[0], slice):
-            sums[index] = gradient.contiguous()  # the one piece is everything
-        else:
-            if not number:
-                sums[index] = _buffer(parts, whole)
-            sums[index][parts[number]] = gradient
+    part, rows = parts[number], slopes.pop(0, None)
+    if rows is not None and len(rows) == len(whole) and isinstance(part, slice):
+        sums[0] = rows  # the one piece is everything
+    elif rows is not None:
+        if 0 not in sums:
+            sums[0] = _buffer(parts[number:], whole)
+        sums[0][part] = rows
+    elif 0 in sums:
+        sums[0][part] = 0
+    for index, slope in slopes.items():
+        sums[index] = sums[index].add_(slope) if index in sums else slope.clone()
 
 
 def _buffer(parts: Sequence[Part], whole: Tensor) -> Tensor:
-    """For a gradient of all rows; zero in those that no part has."""
+    """For a gradient of all rows: zero but in these parts, which are still to be filled."""
     buffer = torch.empty_like(whole)
     left = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
     for part in parts:

@@ -19,7 +19,7 @@ from ctdbench import ops
 from ctdbench.rows import Block, PairTables
 from ctdbench.text.prefixes import PrefixMap
 
-NONE = -1e30  # logit of a token outside the residual class; finite, since there may be no other
+NONE = -1e30  # added to logits outside the residual class; finite, since there may be no other
 EMPTY = math.log(1e-12)  # of the student's residual class where no token is left for it
 KEY = 1 << 32  # more bytes than a document has: (chunk, byte) as one sortable number
 
@@ -120,15 +120,13 @@ def teacher_masses(block: Block, starts: Starts) -> tuple[Tensor, Tensor]:
 
 def _fill_plain(block: Block, starts: Starts, chances: Tensor, masses: _Masses) -> None:
     """Rows where both sides start: all of the teacher's tokens by their longest prefix."""
-    plain = torch.nonzero(starts.emitted == 0).squeeze(1)
+    plain = (starts.emitted == 0)[:, None]
     first = prefix_maps(block.pair, chances.device).first
     rest = masses.target.shape[1] - 1
     cell = torch.where(first >= 0, first, rest)
-    chances = ops.rows_of(chances, starts.first[plain])
-    sums = chances.new_zeros(len(plain), rest + 1).index_add_(1, cell, chances)
-    masses.target.index_copy_(0, plain, sums)
-    reached = masses.reached.new_zeros(rest + 1).index_fill_(0, cell, True)
-    masses.reached.index_copy_(0, plain, reached.expand_as(sums))
+    chances = ops.rows_of(chances, starts.first)
+    masses.target.index_add_(1, cell, chances if plain.all() else chances * plain)
+    masses.reached[:] = plain & masses.reached.new_zeros(rest + 1).index_fill_(0, cell, True)
 
 
 def _fill_inner(block: Block, starts: Starts, logits: Tensor, masses: _Masses) -> None:
@@ -224,7 +222,7 @@ def _divided(masses: Tensor, reached: Tensor, logits: Tensor) -> tuple[Tensor, T
     """The masses [P, V_S] with the residual at its class's tokens, by the student's logits; and [P]
     the residual where its class has no token."""
     cells, reached, rest = masses[:, :-1], reached[:, :-1], masses[:, -1]
-    within = logits.masked_fill(reached, NONE).softmax(-1)
+    within = logits.add(reached, alpha=NONE).softmax(-1)
     empty = reached.all(1)
     divided = cells + within.mul_(torch.where(empty, 0, rest)[:, None])
     return divided, torch.where(empty, rest, 0)

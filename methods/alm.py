@@ -34,7 +34,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctdbench import ops
+from ctdbench import ops, pieces
 from ctdbench.errors import UserError
 from ctdbench.method import (
     Method,
@@ -160,14 +160,15 @@ class ALM(Method):
         self, rows: Rows, side: SideName, pair: PairTables, modules: Mapping[str, nn.Module]
     ) -> Tensor:
         """log p(token), log of the boundary mass (debias=eos: and p(end)), the state: [R, m]."""
-        logits = rows.scores().float()
-        norm = logits.logsumexp(-1)
-        came = logits.gather(1, rows.token.clamp(min=0)[:, None]).squeeze(1) - norm
-        starts = logits.index_select(1, _boundary_ids(pair, side, logits.device)).logsumexp(-1)
-        columns = [torch.where(rows.token >= 0, came, 0.0), (starts - norm).clamp(FLOOR, 0.0)]
-        if self.options.debias == "eos":
-            columns.append(logits[:, pair.special_pairs[0][side == "teacher"]] - norm)
-        values = torch.stack(columns, 1)
+        logits = rows.scores()
+        boundary = _boundary_ids(pair, side, logits.device)
+        end = pair.special_pairs[0][side == "teacher"] if self.options.debias == "eos" else None
+        parts = pieces.by_rows(torch.arange(len(logits), device=logits.device), logits.shape[1])
+
+        def masses(number: int, logits: Tensor) -> Tensor:
+            return _masses(logits.float(), rows.token[parts[number]], boundary, end)
+
+        values = pieces.rowwise(masses, parts, logits)
         if not self.options.hidden_weight:
             return values
         return torch.cat([values, _states(rows, side, modules)], 1)
@@ -246,6 +247,17 @@ class ALM(Method):
     @property
     def _power(self) -> int:
         return 2 if self.options.hidden_distance.startswith("l2") else 1
+
+
+def _masses(logits: Tensor, token: Tensor, boundary: Tensor, end: int | None) -> Tensor:
+    """log p of the token (0: none came) and of the boundary, with `end` of that token, too."""
+    norm = logits.logsumexp(-1)
+    came = logits.gather(1, token.clamp(min=0)[:, None]).squeeze(1) - norm
+    starts = logits.index_select(1, boundary).logsumexp(-1)
+    columns = [torch.where(token >= 0, came, 0.0), (starts - norm).clamp(FLOOR, 0.0)]
+    if end is not None:
+        columns.append(logits[:, end] - norm)
+    return torch.stack(columns, 1)
 
 
 def _boundary_ids(pair: PairTables, side: SideName, device: torch.device) -> Tensor:

@@ -35,9 +35,8 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from ctdbench import pieces
+from ctdbench import ops, pieces
 from ctdbench.errors import UserError
 from ctdbench.method import (
     Block,
@@ -133,38 +132,47 @@ class DSKD(Method):
     def _totals(self, block: Block, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         student, teacher = _sides(block.student, block.taught())
         t2s, s2t = _projected(student, teacher, _deviations(block.batch), modules)
-        label = block.student.token[student.row]
-        tau, tau_teacher = self.options.kd_temperature, self.options.teacher_temperature
-        targets = block.taught().scores().detach()
-
-        def t2s_ce(number: int, states: Tensor) -> dict[str, Tensor]:
-            logits = student.logits(states)
-            return {"t2s_ce": cross_entropy(logits, label[student.parts[number]], reduction="sum")}
-
-        def t2s_kd(number: int, scores: Tensor) -> dict[str, Tensor]:
-            part = student.parts[number]
-            logits = student.logits(t2s.detach()[part])
-            right = torch.nonzero(logits.argmax(-1) == label[part])[:, 0]
-            return {"t2s_kd": _divergence(logits[right] / (tau * tau_teacher), scores[right] / tau)}
-
-        def s2t_kd(number: int, states: Tensor) -> dict[str, Tensor]:
-            target = _widened(targets[teacher.row[teacher.parts[number]]])
-            return {"s2t_kd": _divergence(target / tau, teacher.logits(states) / tau)}
-
-        rows = [student.row[part] for part in student.parts]
         return {
-            **pieces.summed(t2s_ce, student.parts, t2s),
-            **pieces.summed(t2s_kd, rows, _widened(block.student.scores())),
-            **pieces.summed(s2t_kd, teacher.parts, s2t),
+            **self._in_student_space(block.student, student, t2s),
+            **self._in_teacher_space(block.taught(), teacher, s2t),
         }
+
+    def _in_student_space(self, rows: Rows, student: _Side, t2s: Tensor) -> dict[str, Tensor]:
+        """`t2s_ce` and `t2s_kd`, some rows' logits at a time, read out of t2s's states."""
+        tau, tau_teacher = self.options.kd_temperature, self.options.teacher_temperature
+        parts = pieces.by_rows(student.row, len(student.head))
+        place = torch.zeros_like(rows.token)
+        place[student.row] = torch.arange(len(student.row), device=place.device)
+
+        def totals(number: int, own: Tensor, states: Tensor) -> dict[str, Tensor]:
+            label = rows.token[parts[number]]
+            logits = student.logits(states[place[parts[number]]])
+            right = torch.nonzero(logits.argmax(-1) == label)[:, 0]
+            target = logits.detach()[right] / (tau * tau_teacher)
+            return {
+                "t2s_ce": nn.functional.cross_entropy(logits, label, reduction="sum"),
+                "t2s_kd": _divergence(target, own.index_select(0, right) / tau),
+            }
+
+        return pieces.summed(totals, parts, _widened(rows.scores()), t2s)
+
+    def _in_teacher_space(self, rows: Rows, teacher: _Side, s2t: Tensor) -> dict[str, Tensor]:
+        """`s2t_kd`, some rows' logits at a time, read out of s2t's states."""
+        tau, scores = self.options.kd_temperature, rows.scores().detach()
+        parts = pieces.by_rows(torch.arange(len(s2t)).to(s2t.device), len(teacher.head))
+
+        def totals(number: int, states: Tensor) -> dict[str, Tensor]:
+            target = _widened(scores[teacher.row[parts[number]]]) / tau
+            return {"s2t_kd": _divergence(target, teacher.logits(states) / tau)}
+
+        return pieces.summed(totals, parts, s2t)
 
 
 class _Side(NamedTuple):
     """The n rows of one side that take part: places, documents, states and `_states`' embeddings;
-    in which runs their logits are made, and how the model reads states out."""
+    and how the model reads states out."""
 
     row: Tensor
-    parts: list[pieces.Part]
     document: Tensor
     hidden: Tensor
     embedded: Tensor
@@ -189,8 +197,7 @@ def _side(rows: Rows, kept: Tensor, name: SideName) -> _Side:
     if rows.head is None:
         raise TypeError("dskd reads states out by the heads; set Needs(embeddings=True)")
     head = rows.head.detach()[: rows.scores().shape[1]]  # a padded table has rows of no token
-    parts = pieces.by_rows(torch.arange(len(row), device=row.device), len(head))
-    return _Side(row, parts, rows.document[row], hidden, embedded, head)
+    return _Side(row, rows.document[row], hidden, embedded, head)
 
 
 def _states(rows: Rows, name: SideName) -> tuple[Tensor, Tensor]:
@@ -245,8 +252,7 @@ def _widened(values: Tensor) -> Tensor:
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:
     """Sum over rows of KL( softmax(target) || softmax(logits) ), [n, V] each."""
-    log_q, log_p = target.log_softmax(-1), logits.log_softmax(-1)
-    return nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    return ops.forward_kl(logits, target.softmax(-1), target.log_softmax(-1)).sum()
 
 
 METHOD = DSKD

@@ -90,11 +90,14 @@ class ESCD(Method):
 
 def completion(block: Block, starts: Starts) -> Tensor:
     """The completion term, summed over rows that start inside a teacher token: a scalar in nats."""
+    if not len(starts.student):
+        return block.student.scores().new_zeros(())
     masses, event, node = teacher_events(block, starts)
     tables = ops.trie_tensors(block.pair.student_trie, node.device)
     group, offset = ops.ragged(tables.high[node] - tables.low[node])
     token = tables.order[tables.low[node][group] + offset]
-    scores = block.student.scores()[starts.student].float().log_softmax(-1)
+    logits = block.student.scores().index_select(0, starts.student)
+    scores = logits.float().log_softmax(-1)
     completed = prefix_ops.segment_logsumexp(scores[event[group], token], group, len(node))
     return -(masses * completed).sum()
 
@@ -108,10 +111,11 @@ def teacher_events(block: Block, starts: Starts) -> tuple[Tensor, Tensor, Tensor
     """
     taught = block.taught()
     maps = prefix_ops.prefix_maps(block.pair, taught.token.device)
-    logits = taught.scores()[starts.rows].float()
-    token = taught.token[starts.rows][starts.first]
+    row = starts.rows[starts.first]
+    logits = taught.scores().index_select(0, row).float()
+    every = torch.arange(len(row), device=row.device)
     event, word, score = prefix_ops.prefix_scores(
-        block.pair, logits, starts.first, token, starts.emitted
+        block.pair, logits, every, taught.token[row], starts.emitted
     )
     longer = ops.token_lengths(block.pair.teacher_trie, word) > starts.emitted[event]
     kept = longer & (maps.nested[word] >= 0)
@@ -119,7 +123,7 @@ def teacher_events(block: Block, starts: Starts) -> tuple[Tensor, Tensor, Tensor
     # in the order of bytes a group follows its shortest token (equal ones share a group's loss)
     shortest = maps.nested[word] <= starts.emitted[event]
     group = shortest.cumsum(0) - 1
-    norm = logits.logsumexp(-1)[starts.first]
+    norm = logits.logsumexp(-1)
     masses = ops.segment_sum((score - norm[event]).double().exp(), group, int(shortest.sum()))
     event, word = event[shortest], word[shortest]
     start = ops.trie_tensors(block.pair.teacher_trie, word.device).path_start[word]

@@ -56,8 +56,9 @@ class Comparison:
 
     @property
     def memory(self) -> float | None:
-        """Our extra memory over theirs."""
-        return self.extra_bytes[0] / self.extra_bytes[1] if self.extra_bytes else None
+        """Our extra memory over theirs; None where theirs is not known."""
+        ours, theirs = self.extra_bytes or (0, 0)
+        return ours / theirs if theirs else None
 
     def cells(self) -> list[str]:
         """What the table shows."""
