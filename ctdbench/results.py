@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
@@ -116,8 +116,18 @@ class Provenance(TypedDict, total=False):
     evaluation: dict[str, Any]
 
 
+class Point(TypedDict):
+    """Scores of a cell on its way: "task.metric" -> value after so many bytes of text."""
+
+    text_bytes: int
+    scores: dict[str, float | None]
+
+
 class Result(TypedDict):
-    """One cell's outcome: task -> metric -> value, null where a number is not finite."""
+    """One cell's outcome: task -> metric -> value, null where a number is not finite.
+
+    points: before the end of training, where `eval.points` asked for some.
+    """
 
     version: Literal[1]
     id: str
@@ -129,6 +139,7 @@ class Result(TypedDict):
     cost: Cost
     provenance: Provenance
     notes: list[str]
+    points: NotRequired[list[Point]]
 
 
 _RESULT = TypeAdapter(Result)

@@ -241,6 +241,15 @@ class EvalSpec(Frozen):
         description="Names of tasks.",
     )
     limit: int | None = Field(None, ge=1, description="At most this many items a task.")
+    limits: dict[str, Annotated[int, Field(ge=1)] | None] = Field(
+        default_factory=dict, description="The same for single tasks, by name; null: all items."
+    )
+    points: int = runtime(
+        1,
+        ge=1,
+        description="How often a cell is evaluated, at even distances over its steps and at the "
+        "end; before the end on running text alone: bits per byte and teacher_jsd.",
+    )
     held_out: Literal["test", "validation"] = Field(
         "test",
         description="Part of the corpus's held-out documents; validation: to choose settings on.",
@@ -254,6 +263,16 @@ class EvalSpec(Frozen):
     data_dir: str | None = runtime(
         None, description="Folder with local task data; its content is hashed."
     )
+
+    def limit_of(self, task: str) -> int | None:
+        """At most how many items of this task; None for all."""
+        return self.limits.get(task, self.limit)
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> EvalSpec:
+        if unknown := sorted(set(self.limits) - set(self.tasks)):
+            raise ValueError(f"limits: {unknown[0]} is none of the tasks")
+        return self
 
     @property
     def data(self) -> Path | None:

@@ -70,6 +70,17 @@ def final_number(row: Row, results: Sequence[Any]) -> dict[str, float]:
     return {**number_metrics(generated, row["answer"]), "bpb": bits}
 
 
+def gold_answers(row: Row) -> list[str]:
+    """GSM8K's `answer`; of AGIEval the choices that are right."""
+    return [row["answer"]] if "answer" in row else [row["choices"][index] for index in row["gold"]]
+
+
+def gold_bits(row: Row, results: Sequence[LogLikelihood]) -> dict[str, float]:
+    """`bpb` over all of a row's gold answers together."""
+    scored = "".join(DELIMITER + answer for answer in gold_answers(row))
+    return {"bpb": bits_per_byte(sum(nats for nats, _ in results), scored)}
+
+
 def document(row: Row, results: Sequence[float]) -> dict[str, float]:
     """Metrics of a whole document (`text`) from its rolling log-likelihood."""
     return {"bpb": bits_per_byte(results[0], row["text"])}

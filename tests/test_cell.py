@@ -16,6 +16,7 @@ from wheel_tokenizers import wheel_tokenizer
 
 from ctdbench import registry, results
 from ctdbench.cli import app
+from ctdbench.distill import train
 from ctdbench.distill.corpus import Corpus, Document, Segment
 from ctdbench.launch.cell import decontaminated
 from ctdbench.spec import EvalSpec, RunSpec
@@ -64,6 +65,44 @@ def test_a_cell_leaves_one_complete_result(corpus: Path, tmp_path: Path) -> None
     assert {"loss", "ce", "byte", "kl"} <= set(steps[0])
     assert not (folder / "checkpoints").exists()
     assert not list(store.rglob("*.tmp"))
+
+
+def test_points_on_the_way_survive_a_stop_and_change_no_score(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--method", "sft", "--pair", "tiny", "--budget", "1500B")
+    arguments += ("--set", "train.checkpoint_every=1")
+    run(corpus, tmp_path / "plain", *arguments)
+    plain = only_result(tmp_path / "plain", "sft")
+    assert "points" not in plain
+
+    own, steps = train._Loop._checkpoint, list[int]()
+
+    def stop_once(self: Any, *, stop: bool) -> None:
+        steps.append(self.done.step)
+        own(self, stop=stop or (self.done.step == 2 and steps.count(2) == 1))
+
+    monkeypatch.setattr(train._Loop, "_checkpoint", stop_once)
+    store = tmp_path / "points"
+    asked = (*arguments, "--set", "eval.points=3", "--set", "eval.limits={bpb_pydoc: 1}")
+    assert run(corpus, store, *asked).exit_code == 143
+    done = run(corpus, store, *asked)
+    assert done.exit_code == 0, done.output
+    assert steps == list(range(1, plain["cost"]["steps"] + 1))
+    result = only_result(store, "sft")
+    total, steps_in_all = result["cost"]["text_bytes"], len(steps)
+    assert [set(point["scores"]) for point in result["points"]] == [
+        {"bpb_pydoc.bpb", "teacher_jsd.jsd"}
+    ] * 2
+    lines = [json.loads(line) for line in (next(store.glob("*/sft/*")) / "metrics.jsonl").open()]
+    due = [lines[steps_in_all * number // 3 - 1]["text_bytes"] for number in (1, 2)]
+    assert [point["text_bytes"] for point in result["points"]] == due
+    assert due[-1] < total
+    values = [point["scores"]["bpb_pydoc.bpb"] for point in result["points"]]
+    assert len({*values, result["scores"]["bpb_pydoc"]["bpb"]}) == 3
+    assert result["scores"]["teacher_jsd"] == plain["scores"]["teacher_jsd"]
+    assert result["scores"]["bpb_pydoc"] != plain["scores"]["bpb_pydoc"]  # of one item, not two
+    assert result["provenance"]["evaluation"]["tasks"]["bpb_pydoc"]["limit"] == 1
 
 
 def test_the_teacher_is_no_distance_from_itself(corpus: Path, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ CHANGES_THE_RESULT: list[tuple[type[Frozen], dict[str, Any]]] = [
         {
             "tasks": ("gsm8k",),
             "limit": 3,
+            "limits": {"bpb_heldout": 3},
             "held_out": "validation",
             "batch_size": 2,
             "precision": "bfloat16",
@@ -109,7 +110,7 @@ RUNTIME: dict[type[Frozen], dict[str, Any]] = {
         "workers": 2,
         "checkpoint_every": 0,
     },
-    EvalSpec: {"data_dir": "somewhere"},
+    EvalSpec: {"data_dir": "somewhere", "points": 4},
 }
 
 

@@ -68,8 +68,8 @@ def test_every_row_takes_the_value_that_its_own_trials_chose(tmp_path: Path) -> 
     sweep, started = tuned_sweep(tmp_path, lambda rate, method: abs(rate - best[method]))
     assert [found.value for found in sweep.tuned()] == [0.1, 0.3]
     finals = sweep.finals()
-    assert [place.cell.spec.train.learning_rate for place in finals] == [0.1, 0.1, 0.3, 0.3]
-    assert [place.cell.spec.seed for place in finals] == [0, 1, 0, 1]
+    assert [place.cell.spec.train.learning_rate for place in finals] == [0.1, 0.3, 0.1, 0.3]
+    assert [place.cell.spec.seed for place in finals] == [0, 0, 1, 1]
     assert len(started) == 3 * 2 + 2 * 2
     assert {place.cell.spec.seed for place in sweep.trials} == {1000}
 

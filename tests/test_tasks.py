@@ -206,6 +206,18 @@ class TestPrompts:
         assert scored[0] == f"Question: {GSM8K[0]['question']}\nAnswer:"
         assert scored[1] == " " + GSM8K[0]["answer"]
 
+    @pytest.mark.parametrize("name", ["gsm8k", "agi_zh"])
+    def test_gold_answers_alone_are_asked_for_as_the_task_asks(
+        self, name: str, data_dir: Path
+    ) -> None:
+        pairs = zip(load(f"{name}_bpb", data_dir), load(name, data_dir), strict=True)
+        for alone, whole in pairs:
+            shown = [row[:2] for row in rendered(whole) if isinstance(row[1], str)]
+            asked = [row[:2] for row in rendered(alone)]
+            golds = [scoring.gold_answers(row) for row in alone.eval_docs]
+            assert [text for _, text in asked] == [f" {gold}" for each in golds for gold in each]
+            assert set(asked) <= set(shown)
+
 
 class TestData:
     def test_missing_file_is_named(self, data_dir: Path) -> None:
@@ -300,6 +312,14 @@ class TestMetrics:
         assert scoring.agieval(row, lls[1:] + lls[:1])["acc"] == 1.0
         # 3 + 2 nats over " a" and " c", four bytes
         assert scoring.agieval(row, lls)["bpb"] == pytest.approx(5 / 0.6931471805599453 / 4)
+
+    def test_gold_alone_has_the_bits_of_the_whole_task(self) -> None:
+        row = {"choices": ["a", "bb", "c"], "gold": [0, 2]}
+        lls = [(-3.0, False), (-1.0, False), (-2.0, False)]
+        assert scoring.gold_bits(row, [lls[0], lls[2]])["bpb"] == scoring.agieval(row, lls)["bpb"]
+        item, scored = {"question": "q", "answer": "1\n#### 1"}, (-3.0, True)
+        whole = scoring.final_number(item, ["#### 1", scored])["bpb"]
+        assert scoring.gold_bits(item, [scored])["bpb"] == whole
 
 
 class TestEmbeddedItems:

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ctdbench import atomic
 from ctdbench.distill import checkpoint
@@ -31,6 +32,8 @@ from ctdbench.errors import RunError, Terminated, UserError
 from ctdbench.results import CHECKPOINTS, METRICS, write_jsonl_atomic
 from ctdbench.spec import RunSpec
 
+Score = Callable[[nn.Module], Mapping[str, float]]  # a student on the way -> its scores, by name
+
 
 @dataclass
 class Progress:
@@ -41,7 +44,11 @@ class Progress:
     student_tokens: int = 0
     teacher_tokens: int = 0
     seconds: float = 0.0
+    peak_memory_bytes: int = 0
     generated: dict[str, int] = field(default_factory=dict)
+
+
+COUNTED = ("step", "text_bytes", "student_tokens", "teacher_tokens", "seconds")  # in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,12 @@ def train(
     folder: Path,
     accelerator: Accelerator,
     *,
+    score: Score | None = None,
     progress: bool = True,
 ) -> tuple[Network, TrainReport]:
     """Train the pair's student, resuming from the newest checkpoint under `folder`.
+
+    score: what `eval.points` asks for before the end; its numbers go into metrics.jsonl.
 
     Raises UserError if the corpus is too small or leaves no usable document, RunError if the loss
     or its gradient stops being finite.
@@ -111,7 +121,7 @@ def train(
         compiled=spec.train.compile,
     )
     writer = OnPolicy.of(spec, setting.student, network.model, teachers, accelerator.device)
-    loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer)
+    loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer, score)
     loop.run(batches, progress=progress and accelerator.is_main_process)
     sample = [batch for example in examples[:8] for batch in loop.batches([example])]
     report = _report(done, setting, network, skipped)
@@ -134,9 +144,10 @@ class _Loop:
         done: Progress,
         steps: int,
         writer: OnPolicy,
+        score: Score | None,
     ) -> None:
         self.spec, self.setting, self.step, self.optimizer = spec, setting, step, optimizer
-        self.writer = writer
+        self.writer, self.score = writer, score
         self.folder, self.done, self.steps = folder, done, steps
         self.accelerator = step.accelerator
         self.peaks = [group["lr"] for group in optimizer.param_groups]
@@ -160,8 +171,8 @@ class _Loop:
                 before = self.done.student_tokens
                 with self._naming(examples):
                     values = self._optimise(examples)
-                counters = {k: v for k, v in asdict(self.done).items() if k != "generated"}
-                self.metrics.write({**counters, **values})
+                counters = {name: getattr(self.done, name) for name in COUNTED}
+                self.metrics.write({**counters, **values, **self._scores()})
                 bar.update(self.done.student_tokens - before)
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 self._checkpoint(stop=was_asked_to_stop())
@@ -184,6 +195,19 @@ class _Loop:
         self._count(mine, written)
         self.done.seconds += time.monotonic() - started
         return {"loss": report.loss, **report.terms, **self._moving_weights(report)}
+
+    def _scores(self) -> Mapping[str, float]:
+        """Of the student where it stands, at a point before the end; not part of the cost."""
+        points, step = self.spec.eval.points, self.done.step
+        due = {self.steps * number // points for number in range(1, points)}
+        if self.score is None or step not in due - {self.steps}:
+            return {}
+        self.done.peak_memory_bytes = max(self.done.peak_memory_bytes, peak_memory())
+        main = self.accelerator.is_main_process
+        found = self.score(self.step.network.model) if main else {}
+        self.accelerator.wait_for_everyone()
+        reset_peak_memory()
+        return found
 
     def _count(self, mine: Sequence[Example], written: Mapping[str, int]) -> None:
         """Text, tokens and what the student wrote at this step, over all processes."""
@@ -340,7 +364,7 @@ def _report(
         teacher_tokens=done.teacher_tokens,
         train_seconds=done.seconds,
         flops=flops,
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=max(done.peak_memory_bytes, peak_memory()),
         skipped=skipped,
         generated=done.generated,
     )

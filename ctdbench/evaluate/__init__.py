@@ -8,7 +8,13 @@ Importing this package imports neither torch nor lm-eval.
 
 from __future__ import annotations
 
-from ctdbench.evaluate.catalog import TaskInfo, available_tasks, check_tasks, task_content
+from ctdbench.evaluate.catalog import (
+    TaskInfo,
+    available_tasks,
+    check_tasks,
+    on_running_text,
+    task_content,
+)
 from ctdbench.evaluate.overlap import Overlap, shared_ngrams, task_texts
 from ctdbench.evaluate.runner import Evaluation, EvaluationRequest, evaluate
 
@@ -20,6 +26,7 @@ __all__ = [
     "available_tasks",
     "check_tasks",
     "evaluate",
+    "on_running_text",
     "shared_ngrams",
     "task_content",
     "task_texts",

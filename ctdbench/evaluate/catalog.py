@@ -77,6 +77,12 @@ def available_tasks(extra_task_dirs: Iterable[Path] = ()) -> list[TaskInfo]:
     return sorted([*listed, *TEACHER_TASKS.values()], key=lambda info: info.name)
 
 
+def on_running_text(names: Sequence[str], extra_task_dirs: Iterable[Path] = ()) -> list[str]:
+    """Those of the tasks that measure text as it is: bits per byte, divergence from the teacher."""
+    kinds = {info.name: info.kind for info in available_tasks(extra_task_dirs)}
+    return [name for name in names if kinds[name] in ("loglikelihood_rolling", "teacher_jsd")]
+
+
 def check_tasks(
     names: Sequence[str], data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
 ) -> None:

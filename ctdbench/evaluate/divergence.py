@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ctdbench.text.vocabulary import ByteTrie
 
 MAX_BYTES = 2000  # of a document: per-document outcomes of similar weight, at a known cost
 ROWS = 64  # predictions whose distributions over the vocabulary are alive at once
+KEPT_BYTES = 500_000  # of text, whose distributions by a teacher are kept: a kilobyte each
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,27 @@ def teacher_divergence(
             for reader in readers:
                 reader.tokens.encode(text)
             own = student.distributions(text)
-            parts = [jensen_shannon(own, teacher.distributions(text)) for teacher in teachers]
+            parts = [jensen_shannon(own, _taught(teacher, text)) for teacher in teachers]
         except NotLossless:
             continue
         jsd = float(torch.stack(parts).mean())
         size = float(len(text.encode()))
         rows.append({"id": sample_id(index, text), "weight": size, "jsd": jsd})
     return rows, len(texts) - len(rows)
+
+
+_kept: WeakKeyDictionary[Any, dict[tuple[str, bool], Tensor]] = WeakKeyDictionary()
+
+
+def _taught(teacher: ByteModel, text: str) -> Tensor:
+    """A teacher's distributions; it is frozen, and a cell asks again at every point."""
+    kept = _kept.setdefault(teacher.model, {})
+    found = kept.get((text, teacher.bfloat16))
+    if found is None:
+        found = teacher.distributions(text)
+        if sum(map(len, kept.values())) + len(found) <= KEPT_BYTES:
+            kept[text, teacher.bfloat16] = found
+    return found
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:

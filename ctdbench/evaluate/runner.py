@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -37,6 +37,7 @@ class EvaluationRequest:
     readers: further (model, tokenizer) that are not evaluated here but beside this: the teacher
     tasks leave out what one of them cannot read, so that all rows are on the same documents.
     limit: items per requested task, the first ones; of a group, `ceil(limit / subsets)` per subset.
+    limits: the same for single tasks, by name; None for all items.
     heldout: the corpus's held-out documents, for `bpb_heldout` and `teacher_jsd`.
     data_dir: folder of original data files; None takes data sets from the hub.
     batch_size moves log-likelihoods by about 1e-4, so it is part of a result's identity.
@@ -49,11 +50,16 @@ class EvaluationRequest:
     teachers: Sequence[tuple[Any, Any]] = ()
     readers: Sequence[tuple[Any, Any]] = ()
     limit: int | None = None
+    limits: Mapping[str, int | None] = field(default_factory=dict)
     batch_size: int = 8
     data_dir: Path | None = None
     heldout: Sequence[str] = ()
     precision: Precision = "float32"
     extra_task_dirs: Sequence[Path] = ()
+
+    def limit_of(self, task: str) -> int | None:
+        """At most how many items of this task; None for all."""
+        return self.limits.get(task, self.limit)
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,9 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
 
 
 def _checked(request: EvaluationRequest) -> list[TaskInfo]:
-    if request.limit is not None and request.limit < 1:
-        raise UserError(f"limit {request.limit} leaves nothing to evaluate", "give at least 1")
+    for task in request.tasks:
+        if (limit := request.limit_of(task)) is not None and limit < 1:
+            raise UserError(f"limit {limit} leaves nothing to evaluate", "give at least 1")
     check_tasks(request.tasks, request.data_dir, request.extra_task_dirs)
     known = {info.name: info for info in available_tasks(request.extra_task_dirs)}
     infos = [known[name] for name in dict.fromkeys(request.tasks)]
@@ -136,7 +143,8 @@ def _run_task(
     loaded = manager.load([info.name])
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
-    limit = request.limit and math.ceil(request.limit / max(len(info.subsets), 1))
+    items = request.limit_of(info.name)
+    limit = items and math.ceil(items / max(len(info.subsets), 1))
     with undisturbed(request.student, request.tokenizer):
         model = PinnedLM(
             request.student,
@@ -176,7 +184,8 @@ def _run_teacher_task(
     texts: Sequence[str] = request.heldout
     if info.name == "teacher_jsd_pydoc":
         texts = [row["text"] for row in task_rows("bpb_pydoc")]
-    texts = [text for text in texts if text][: request.limit]
+    limit = request.limit_of(info.name)
+    texts = [text for text in texts if text][:limit]
     with undisturbed(request.student, request.tokenizer):
         rows, skipped = teacher_divergence(
             ByteModel(request.student, request.tokenizer, bfloat16),
@@ -189,7 +198,7 @@ def _run_teacher_task(
             f"task {info.name}: no document could be tokenized without loss", "use other text"
         )
     return rows, {
-        "limit": request.limit,
+        "limit": limit,
         "estimator": "mixed",
         "max_bytes": MAX_BYTES,
         "teachers": len(request.teachers),

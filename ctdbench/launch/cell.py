@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers.utils import logging as hf_logging
 
 from ctdbench import registry, results
@@ -37,6 +38,7 @@ from ctdbench.errors import RunError, UserError
 from ctdbench.evaluate import (
     EvaluationRequest,
     evaluate,
+    on_running_text,
     shared_ngrams,
     task_content,
     task_texts,
@@ -203,8 +205,9 @@ class Cell:
         setting = Setting(
             pair.student, first.teacher, method, first.tables, self.corpus, tuple(others)
         )
+        score = partial(self._score, pair=pair)
         network, report = train.train(
-            self.spec, setting, self.folder, accelerator, progress=progress
+            self.spec, setting, self.folder, accelerator, score=score, progress=progress
         )
         if accelerator.is_main_process:
             save_modules(self.spec, setting, network, self.folder)
@@ -226,31 +229,53 @@ class Cell:
     def evaluate(self, student: Side, pair: LoadedPair, cost: dict[str, Any]) -> None:
         """Evaluate a side as the student and write the cell: samples first, the result last."""
         started = time.monotonic()
-        spec = self.spec.eval
-        evaluation = evaluate(
-            EvaluationRequest(
-                student=student.model,
-                tokenizer=student.tokenizer,
-                tasks=spec.tasks,
-                teachers=[(teacher.model, teacher.tokenizer) for teacher in pair.teachers],
-                readers=[(pair.student.model, pair.student.tokenizer)],
-                limit=spec.limit,
-                batch_size=spec.batch_size,
-                data_dir=self.data_dir,
-                heldout=[d.text for d in self.corpus.held_out_part(spec.held_out)],
-                precision=spec.precision,
-            )
-        )
+        evaluation = evaluate(self._request(student, pair, self.spec.eval.tasks))
         cost = {**cost, "eval_seconds": time.monotonic() - started}
         setup = cost.pop("setup", {})
         result = self._result("done", self.notes, cost)
         result["provenance"]["training"] = setup
         result |= {"scores": evaluation.scores, "stderr": evaluation.stderr}  # type: ignore[typeddict-item]
+        if points := self._points():
+            result["points"] = points
         result["provenance"]["versions"] |= evaluation.versions
         result["provenance"]["evaluation"] = evaluation.settings
         for task, rows in evaluation.samples.items():
             results.write_jsonl_atomic(self.folder / "samples" / f"{task}.jsonl", rows)
         results.write_json_atomic(self.folder / results.RESULT, without_private(result))
+
+    def _score(self, model: nn.Module, pair: LoadedPair) -> dict[str, float]:
+        """Of a student on the way, "task.metric" -> value."""
+        student = replace(pair.student, model=model)
+        tasks = on_running_text(self.spec.eval.tasks)
+        scores = evaluate(self._request(student, pair, tasks)).scores if tasks else {}
+        return {f"{task}.{name}": value for task in scores for name, value in scores[task].items()}
+
+    def _request(self, student: Side, pair: LoadedPair, tasks: Sequence[str]) -> EvaluationRequest:
+        spec = self.spec.eval
+        return EvaluationRequest(
+            student=student.model,
+            tokenizer=student.tokenizer,
+            tasks=tasks,
+            teachers=[(teacher.model, teacher.tokenizer) for teacher in pair.teachers],
+            readers=[(pair.student.model, pair.student.tokenizer)],
+            limit=spec.limit,
+            limits=spec.limits,
+            batch_size=spec.batch_size,
+            data_dir=self.data_dir,
+            heldout=[d.text for d in self.corpus.held_out_part(spec.held_out)],
+            precision=spec.precision,
+        )
+
+    def _points(self) -> list[results.Point]:
+        """Scores on the way, as training logged them."""
+        path, tasks = self.folder / results.METRICS, on_running_text(self.spec.eval.tasks)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found: list[results.Point] = []
+        for row in map(json.loads, lines):
+            scores = {name: row[name] for name in row if name.partition(".")[0] in tasks}
+            if scores:
+                found.append({"text_bytes": row["text_bytes"], "scores": scores})
+        return found
 
     def _record_failure(self, error: Exception) -> None:
         line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

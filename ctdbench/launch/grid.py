@@ -194,7 +194,8 @@ class Line:
     def _trial(self, tuning: Tuning, value: Any, task: str) -> RunSpec:
         chosen = tuning.chosen(value)
         train = {**tuning.train, **chosen.pop("train", {})}
-        evaluation = {"tasks": (task,), **tuning.eval, "held_out": "validation"}
+        evaluation = {"tasks": (task,), "limits": {}, "points": 1, **tuning.eval}
+        evaluation["held_out"] = "validation"
         changes = {"seed": tuning.seed, "train": train, "eval": evaluation, **chosen}
         return changed(self.spec, changes)
 

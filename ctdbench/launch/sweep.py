@@ -13,6 +13,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,11 +111,10 @@ class Sweep:
         ]
 
     def finals(self) -> list[Place]:
-        """The cells of the table, of the rows that are decided."""
+        """The cells of the table, of the rows that are decided; every row's first seed first."""
         decided = zip(self.lines, self.tuned(), strict=True)
-        cells = [
-            cell for line, found in decided if not found.why for cell in line.finals(found.value)
-        ]
+        rows = [line.finals(found.value) for line, found in decided if not found.why]
+        cells = [cell for seed in zip_longest(*rows) for cell in seed if cell is not None]
         return places(cells, self.store)
 
 

@@ -121,7 +121,7 @@ class Table:
     def title(self) -> str:
         """The pair, and every setting that is not the default one."""
         defaults = {**TrainSpec().identity(), **grouping.evaluation_setting(EvalSpec().identity())}
-        shown = ("corpus", "budget", "limit", "tasks")
+        shown = ("corpus", "budget", "limit", "limits", "tasks")
         changed = [
             f"{name} {value}"
             for name, value in self.setting.items()
@@ -130,5 +130,7 @@ class Table:
         limit = self.setting["limit"]
         parts = [f"{format_bytes(self.setting['budget'])} of {self.setting['corpus']} text"]
         parts += [f"{limit} items a task"] if limit else []
+        for task, items in (self.setting.get("limits") or {}).items():
+            parts.append(f"{items or 'all'} items of {task}")
         number = f" ({self.number})" if self.number > 1 else ""
         return f"{self.pair}: {', '.join(parts + changed)}{number}"
