@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
+DOCS := $(VENV)/.installed-docs
+AUDIT := .venv-audit
 PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := --pair smol-mistral --budget 50kB --limit 10
 STORE ?= results
 OUT ?= build/results
 
-.PHONY: install demo results test test-all coverage lint types bench-peers clean
+.PHONY: install demo results docs test test-all coverage lint types audit bench-peers clean
 
 install: $(STAMP)
 
@@ -28,6 +30,11 @@ $(GEMMA): $(STAMP)
 	$(PIP) --editable ".[gemma]"
 	@touch $@
 
+# What builds the site, and the tracker that a test reads back.
+$(DOCS): $(STAMP)
+	$(PIP) --editable ".[docs,tensorboard]"
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/ctdbench run --method sft $(DEMO)
 	$(BIN)/ctdbench run --method bld $(DEMO)
@@ -36,7 +43,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -q -m "not slow"
 
-test-all: $(GEMMA)
+test-all: $(GEMMA) $(DOCS)
 	$(BIN)/pytest -q
 
 # Tables in every format, figures and the report of a store; from results/ README's table, too.
@@ -45,6 +52,9 @@ results: $(STAMP)
 ifeq ($(STORE),results)
 	$(BIN)/ctdbench table --store $(STORE) --into README.md
 endif
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Lines of the methods and of text/, by the tests of both.
 coverage: $(STAMP)
@@ -59,6 +69,17 @@ lint: $(STAMP) types
 types: $(STAMP)
 	$(BIN)/mypy ctdbench methods
 
+# Known vulnerabilities of what is installed, by PyPI. The tool would else be part of what it looks at.
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip --disable-pip-version-check install --quiet pip-audit
+	@touch $@
+
+audit: $(STAMP) $(AUDIT)/.installed
+	@mkdir -p build
+	$(BIN)/pip --disable-pip-version-check freeze --exclude-editable | sed 's/+.*//' > build/audit.txt
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement build/audit.txt
+
 # TRL and genlm-bytes beside ctdbench, in an environment of their own; about half an hour. Without
 # their dependencies: llama.cpp would be compiled, bitsandbytes and blobfile are for GPUs and clouds.
 $(PEERS)/.installed: pyproject.toml setup.py constraints.txt
@@ -72,4 +93,4 @@ bench-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m ctdbench.launch.bench.peers
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(AUDIT) $(PEERS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

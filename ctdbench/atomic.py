@@ -1,21 +1,29 @@
 """Files and folders that are there whole or not at all, even after a power cut.
 
 Written under a temporary name, flushed to the disk, renamed, and then the folder with the name is
-flushed. A killed process leaves at most a temporary name behind, which no reader takes for a file.
+flushed. A killed process leaves at most a temporary name behind, which no reader takes for a file:
+it goes when its cell is computed next, or when the next process writes to the cache.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
+from ctdbench.cache import cache_dir
 from ctdbench.errors import RunError
+
+LOCK = ".lock"
+NONCE = 8  # digits of a temporary name
+LEFTOVER = f".*.{'[0-9a-f]' * NONCE}.tmp"
 
 _REFUSED = frozenset(
     getattr(errno, name)
@@ -36,7 +44,7 @@ def new_file(path: Path) -> Iterator[Path]:
     On an error `path` stays as it was. Raises RunError as `writing` does.
     """
     temporary = _temporary(path)
-    with writing(path):
+    with writing(path), _shared(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -51,7 +59,7 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `path` at the end, unless another one came first."""
     temporary = _temporary(path)
-    with writing(path):
+    with writing(path), _shared(path):
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -89,16 +97,42 @@ def refusal(error: Exception) -> str | None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left below a folder that no other process writes to."""
-    for path in sorted(folder.rglob(".*.tmp")):
+    for path in sorted(folder.rglob(LEFTOVER)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _shared(path: Path) -> Iterator[None]:
+    """While it writes to the cache, a process holds it together with others that do."""
+    folder = cache_dir()
+    if not path.is_relative_to(folder):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _tidy(folder)
+    with (folder / LOCK).open("w") as lock:
+        with suppress(OSError):  # this disk knows no locks: then nobody tidies
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+@cache
+def _tidy(folder: Path) -> None:
+    """Once a process: remove leftovers from the cache, unless another process writes to it.
+
+    The system frees what a killed process held.
+    """
+    with (folder / LOCK).open("w") as lock, suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_leftovers(folder)
+
+
 def _temporary(path: Path) -> Path:
     """Random, because process numbers repeat on the machines that share a folder."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(NONCE // 2)}.tmp")
 
 
 def _rename(folder: Path, path: Path) -> None:

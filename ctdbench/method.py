@@ -232,7 +232,7 @@ def cross_entropy(rows: Rows) -> Term:
 def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """The method called `name`; raises UserError for an unknown name or option."""
     method_class = registry.load_method(name)
-    return method_class(registry.validate(method_class.Options, options or {}, f"method.{name}"))
+    return method_class(registry.validate(method_class.Options, options or {}, f"method {name}"))
 
 
 def total_loss(method: Method, ce: Term | None, terms: Mapping[str, Term]) -> Tensor:

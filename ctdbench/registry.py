@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,7 +53,9 @@ def methods() -> dict[str, MethodInfo]:
     found.pop("--init--", None)
     infos = {name: MethodInfo(name, path, _meta(path)) for name, path in found.items()}
     for point in metadata.entry_points(group=GROUP):
-        infos[point.name] = MethodInfo(point.name, None, {"title": point.value}, point)
+        file = _module_file(point.module)
+        meta = {"title": point.value, **(_meta(file) if file else {})}
+        infos[point.name] = MethodInfo(point.name, file, meta, point)
     infos.update({name: MethodInfo(name, path, _meta(path)) for name, path in _plugins.items()})
     return infos
 
@@ -91,11 +94,16 @@ def pair_files() -> dict[str, Path]:
 
 def load_pair(name: str) -> PairSpec:
     """The pair called `name`, or the one in the YAML file of that path."""
-    is_path = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else pick(name, pair_files(), "pair")
+    is_path = is_file_name(name)
+    path = Path(name).expanduser() if is_path else pick(name, pair_files(), "pair")
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     return validate(PairSpec, raw, str(path) if is_path else f"pair {name}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a pair or task is stated by its YAML file."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -164,6 +172,21 @@ def _package_dir(package: str) -> Path:
 
 def _method_name(path: Path) -> str:
     return path.stem.replace("_", "-")
+
+
+def _module_file(module: str) -> Path | None:
+    """A module's Python file, found without importing it or its packages; None if not there."""
+    name, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(name)
+        for part in inner:
+            name = f"{name}.{part}"
+            places = spec.submodule_search_locations if spec else None
+            spec = PathFinder.find_spec(name, list(places)) if places else None
+    except (ImportError, ValueError):  # a broken finder, a module without a spec
+        return None
+    found = spec.origin if spec else None
+    return Path(found) if found and found.endswith(".py") else None
 
 
 def _meta(path: Path) -> Mapping[str, Any]:

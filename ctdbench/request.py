@@ -42,25 +42,8 @@ def build_spec(
     raw["pair"] = _pair(raw["pair"])
     raw["options"] = _section(raw, "options")
     raw["train"] = registry.validate(TrainSpec, _section(raw, "train"), "train")
-    raw["eval"] = registry.validate(EvalSpec, _section(raw, "eval"), "eval")
+    raw["eval"] = registry.validate(EvalSpec, named_tasks(_section(raw, "eval")), "eval")
     return registry.validate(RunSpec, {**raw, "trust_remote_code": trust_remote_code}, "run")
-
-
-def preflight(spec: RunSpec) -> None:
-    """Check within seconds that tasks, data, models and tokenizers can be had.
-
-    Raises UserError for an unknown task or missing file, PreflightError for what cannot be had.
-    """
-    from ctdbench.distill import references
-    from ctdbench.evaluate import check_tasks
-
-    folder = spec.eval.data
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--data-dir {folder} is no folder", "give the folder with the tasks' data")
-    parsed = [references.parse(text) for text in references_of(spec.pair)]
-    check_tasks(spec.eval.tasks, folder)
-    for reference in parsed:
-        references.require(reference)
 
 
 def resolve_options(spec: RunSpec) -> RunSpec:
@@ -142,6 +125,21 @@ def _pair(stated: Any) -> PairSpec:
     if isinstance(stated, dict):
         return registry.validate(PairSpec, stated, "pair")
     return registry.load_pair(str(stated))
+
+
+def named_tasks(section: Raw) -> Raw:
+    """Tasks stated by their file become names, and the files are noted."""
+    from ctdbench.evaluate import task_name
+
+    stated = section.get("tasks")
+    tasks = [str(task) for task in stated] if isinstance(stated, list | tuple) else []
+    files = [task for task in tasks if registry.is_file_name(task)]
+    if not files:
+        return section
+    names = {file: task_name(Path(file).expanduser()) for file in files}
+    noted = [*(section.get("task_files") or ()), *files]
+    named = [names.get(task, task) for task in tasks]
+    return {**section, "tasks": named, "task_files": list(dict.fromkeys(noted))}
 
 
 def _read_config(path: Path) -> Raw:

@@ -1,8 +1,8 @@
 """The store: one JSON file a cell, written atomically and last; its files tell a cell's state.
 
 `<store>/<pair>/<method>/<cell id>/result.json`, and beside it `samples/<task>.jsonl`,
-`metrics.jsonl` and `checkpoints/`. The baselines of a pair are cells of the methods `start` (the
-student before training) and `teacher`.
+`metrics.jsonl`, `checkpoints/` and, where it was to be kept, `model/`. The baselines of a pair are
+cells of the methods `start` (the student before training) and `teacher`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RESULT_VERSION = 1
 RESULT, METRICS, CHECKPOINTS = "result.json", "metrics.jsonl", "checkpoints"
+MODEL = "model"  # the trained student, where it was asked to be kept
+TRACKING = "tracking"  # what a tracker that was asked for keeps on disk
 START, TEACHER = "start", "teacher"
 State = Literal["absent", "resumable", "failed", "done"]
 Scores = dict[str, dict[str, float | None]]
@@ -196,6 +198,16 @@ def finished(folder: Path) -> Result | None:
     return result if result is not None and result["status"] == "done" else None
 
 
+def named(found: Mapping[Path, Result], cell: str, store: Path) -> Path:
+    """The folder of the one cell whose id starts with `cell`; raises UserError otherwise."""
+    matching = [folder for folder, result in found.items() if result["id"].startswith(cell)]
+    if len(matching) != 1:
+        count = f"{len(matching)} finished cells" if matching else "no finished cell"
+        hint = "give the id, the name of the cell's folder"
+        raise UserError(f"{count} in {store} whose id starts with {cell!r}", hint)
+    return matching[0]
+
+
 def state(folder: Path) -> State:
     """What the files of a cell's folder say of it; raises UserError for a damaged result.
 
@@ -221,7 +233,7 @@ def find(
     return {folder: result for folder, result in read.items() if status in (None, result["status"])}
 
 
-def load(store: Path) -> pandas.DataFrame:
+def load(store: Path = Path("runs")) -> pandas.DataFrame:
     """Every score of the finished cells below `store`, one row per (cell, task, metric).
 
     Columns: pair, method, seed, cell, task, metric, value, stderr, corpus, budget (bytes), limit,

@@ -226,6 +226,10 @@ class TrainSpec(Frozen):
         None, ge=1, description="Processes that tokenize a long corpus; default: one a core."
     )
     checkpoint_every: int = runtime(50, ge=0, description="Steps between checkpoints; 0: none.")
+    keep_model: bool = runtime(
+        False,
+        description="Keep the trained student beside the result, for export: 4 bytes a parameter.",
+    )
 
     def identity(self) -> dict[str, Any]:
         """A corpus of files is told by its documents, which are hashed."""
@@ -263,6 +267,9 @@ class EvalSpec(Frozen):
     data_dir: str | None = runtime(
         None, description="Folder with local task data; its content is hashed."
     )
+    task_files: tuple[str, ...] = runtime(
+        (), description="YAML files of tasks of one's own, by path; their content is hashed."
+    )
 
     def limit_of(self, task: str) -> int | None:
         """At most how many items of this task; None for all."""
@@ -278,6 +285,11 @@ class EvalSpec(Frozen):
     def data(self) -> Path | None:
         """The folder of local task data; `~` stands for the user's home, as in results."""
         return Path(self.data_dir).expanduser() if self.data_dir else None
+
+    @property
+    def extra_tasks(self) -> tuple[Path, ...]:
+        """The files of tasks that are not the project's."""
+        return tuple(Path(name).expanduser() for name in self.task_files)
 
 
 class RunSpec(Frozen):

@@ -1,9 +1,9 @@
 """Data sets of the tasks: from `--data-dir` where it is given, else from the hub; never a fallback.
 
-lm-eval calls a task's `custom_dataset` with the task's `metadata` as keyword arguments: `hub` and
-`config` name the data set on the hub, `files` the original files (split -> path under the data
-folder). Rows of the original files are mapped to the hub's schema, so that one prompt template
-serves both.
+lm-eval calls a task's `custom_dataset` with the task's `metadata` as keyword arguments: `hub`,
+`config` and `revision` name the data set on the hub, `files` the original files (split -> path
+under the data folder). Rows of the original files are mapped to the hub's schema, so that one
+prompt template serves both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from ctdbench.errors import UserError
+from ctdbench.evaluate.hub_data import commit
 
 Row = dict[str, Any]
 Splits = Mapping[str, Dataset]
 PYDOC_CHARACTERS = 2000
-HERE = Path(__file__).resolve().parent
 
 
 def gsm8k(**source: Any) -> Splits:
@@ -43,9 +43,10 @@ def agieval_zh(**source: Any) -> Splits:
     }
 
 
-def embedded(files: Mapping[str, str], **_: Any) -> Splits:
-    """Items written for this project; they lie beside the task files."""
-    return {split: Dataset.from_list(_read(HERE / name)) for split, name in files.items()}
+def embedded(files: Mapping[str, str], config_source: str, **_: Any) -> Splits:
+    """Items in JSONL files beside the task file, which may be anyone's."""
+    folder = Path(config_source).parent
+    return {split: Dataset.from_list(_read(folder / name)) for split, name in files.items()}
 
 
 def heldout(heldout: Sequence[str] = (), **_: Any) -> Splits:
@@ -92,7 +93,8 @@ def agieval_row(row: Row) -> Row:
 
 def _splits(source: Mapping[str, Any], to_hub_row: Callable[[Row], Row]) -> Splits:
     if source.get("data_dir") is None:
-        return dict(load_dataset(source["hub"], source.get("config")))
+        pinned = commit(source["hub"], source.get("revision"))
+        return dict(load_dataset(source["hub"], source.get("config"), revision=pinned))
     folder = Path(source["data_dir"])
     splits = {}
     for split, name in source["files"].items():

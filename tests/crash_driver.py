@@ -1,6 +1,7 @@
 """Runs `ctdbench` in forks of a warm process, and kills them at chosen points or moments.
 
-A fork costs milliseconds where a start costs seconds of imports. As a program it reads orders, one
+A fork costs milliseconds where a start costs seconds of imports; so the cells of a sweep are forks
+of it, too. As a program it reads orders, one
 JSON object a line, and answers in kind; `Driver` is the other end of the pipe.
 """
 
@@ -15,9 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What is about to be done when a fork is killed at one of its calls.
 POINTS = {
@@ -128,16 +130,57 @@ def _child(order: dict[str, Any]) -> None:
         _arm(*order["at"], signal.Signals[order["signal"]])
     if order["file_size"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"],) * 2)
+    importlib.import_module("ctdbench.launch.local").subprocess = Forks  # type: ignore[attr-defined]
+    _command(order["arguments"])
+
+
+def _command(arguments: Sequence[str]) -> NoReturn:
+    """Run it and end, without what a process does at its end."""
     from ctdbench.cli import app
 
     code = 1
     try:
-        app(order["arguments"])
+        app(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+class Forks:
+    """`subprocess` for the launcher: what it starts is a fork, not a new interpreter."""
+
+    DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
+
+    class Popen:
+        def __init__(self, command: Sequence[str], *, stdout: Any, env: Any, **_: Any) -> None:
+            self.code: int | None = None
+            self.pid = os.fork()
+            if self.pid == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.environ.update(env)
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(stdout.fileno(), 2)
+                _command(command[3:])  # after `python -m ctdbench`
+
+        def poll(self) -> int | None:
+            return self._status(os.WNOHANG)
+
+        def wait(self) -> int | None:
+            return self._status(0)
+
+        def terminate(self) -> None:
+            os.kill(self.pid, signal.SIGTERM)
+
+        def kill(self) -> None:
+            os.kill(self.pid, signal.SIGKILL)
+
+        def _status(self, options: int) -> int | None:
+            if self.code is None:
+                found, status = os.waitpid(self.pid, options)
+                self.code = os.waitstatus_to_exitcode(status) if found else None
+            return self.code
 
 
 def _arm(point: str, call: int, number: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from example_results import example
 from example_store import HEADLINE, write_store
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -96,13 +97,24 @@ def write_log(
 
 
 def logs(tmp_path: Path, table: Table, steps: int = 100) -> dict[str, Path]:
-    """A log a cell; one nat a token, and a tenth more for each seed."""
+    """A log a cell; one nat a token, and a tenth more for each seed. A result with the row's scores
+    and half way twice as much, and a tenth more for each seed."""
     folders = {}
     for table_row in table.rows:
         for seed, cell in enumerate(table_row.cells):
             folders[cell] = tmp_path / cell
             write_log(folders[cell], [1 + 0.1 * seed] * steps)
+            write_points(folders[cell], table_row, seed)
     return folders
+
+
+def write_points(folder: Path, table_row: Row, seed: int) -> None:
+    ends = {column: score.value for column, score in table_row.scores.items()}
+    scores: dict[str, dict[str, float | None]] = {c.task: {c.metric: ends[c]} for c in ends}
+    result = example(table_row.method, scores, seed=seed, budget=100 * STEP)
+    half = {f"{c.task}.{c.metric}": ends[c] * (2 + 0.1 * seed) for c in ends}
+    result["points"] = [{"text_bytes": 50 * STEP, "scores": dict(half)}]
+    results.write_json_atomic(folder / results.RESULT, result)
 
 
 def drawn(figure: Figure | str) -> Figure:

@@ -266,7 +266,7 @@ COMMANDS = [
     Bad("no data", file("data/x", "", *RUN[:5], *PIQA), "data/piqa"),
     Bad("no store to show", command("table", "--store", "nowhere"), "nowhere"),
     Bad("no such format", stored(str, "x", "--format", "docx"), "docx"),
-    Bad("store that is a file", file("runs", "", *RUN, "--budget", "1kB"), "runs/tiny/sft", 3),
+    Bad("store that is a file", file("runs", "", *RUN, "--budget", "1kB"), "--store runs", 3),
 ]
 PLUGINS = [
     Bad("no plugin", command(*RUN, "--plugin", "mine.py"), "mine.py is no file"),

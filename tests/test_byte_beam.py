@@ -63,7 +63,7 @@ def covering_mass(model: Any, text: bytes) -> float:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_beam_without_pruning_is_brute_force_enumeration(text: bytes, seed: int) -> None:
     model = random_model(seed)
-    rows = beam_distributions(model, ByteTrie(VOCABULARY), text, [BOS], width=10**6, prune=0.0)
+    (rows,) = beam_distributions(model, ByteTrie(VOCABULARY), [text], [BOS], width=10**6, prune=0.0)
     for place, row in enumerate(rows):
         whole = covering_mass(model, text[:place])
         for byte in b"abc":
@@ -75,8 +75,8 @@ def test_beam_without_pruning_is_brute_force_enumeration(text: bytes, seed: int)
 
 def test_light_pruning_is_close_to_exact() -> None:
     trie, model, text = ByteTrie(VOCABULARY), random_model(3), b"abcabcabca"
-    exact = beam_distributions(model, trie, text, [BOS], width=10**6, prune=0.0)
-    pruned = beam_distributions(model, trie, text, [BOS], width=10**6, prune=0.01)
+    (exact,) = beam_distributions(model, trie, [text], [BOS], width=10**6, prune=0.0)
+    (pruned,) = beam_distributions(model, trie, [text], [BOS], width=10**6, prune=0.01)
     distance = (exact - pruned).abs().sum(1)
     assert 0 < distance.max() < 0.2
     assert distance.mean() < 0.05
@@ -90,7 +90,7 @@ def test_only_survivors_are_scored() -> None:
         return model(contexts)  # type: ignore[no-any-return]
 
     trie, text = ByteTrie(VOCABULARY), b"abcabcabcabc"
-    beam_distributions(counting, trie, text, [BOS], width=1, prune=0.0)
+    beam_distributions(counting, trie, [text], [BOS], width=1, prune=0.0)
     assert len(calls) <= 1 + len(text)
     assert len(set(calls)) == len(calls)
 
@@ -105,25 +105,45 @@ def test_an_emptied_beam_heals() -> None:
             row[{0: 4, 4: 5}.get(context[-1], 2)] = 0
         return scores.log_softmax(-1)
 
-    rows = beam_distributions(sure, ByteTrie(vocabulary), b"abcb", [BOS])
+    (rows,) = beam_distributions(sure, ByteTrie(vocabulary), [b"abcb"], [BOS])
     # each byte was expected but the last; the next row comes from the healed context (.., c)
     torch.testing.assert_close(rows.sum(1), torch.ones(4))
     assert rows[2, ord("c")] > 0.99
     assert rows[3, ord("a")] > 0.99
-    longer = beam_distributions(sure, ByteTrie(vocabulary), b"abcbb", [BOS])
+    (longer,) = beam_distributions(sure, ByteTrie(vocabulary), [b"abcbb"], [BOS])
     torch.testing.assert_close(longer[:4], rows)
     assert longer[4, ord("b")] > 0.99
 
 
+def test_documents_share_the_calls_and_nothing_else() -> None:
+    model, calls = random_model(5), []
+
+    def counting(contexts: list[tuple[int, ...]]) -> Tensor:
+        calls.append(len(contexts))
+        return model(contexts)  # type: ignore[no-any-return]
+
+    trie, texts = ByteTrie(VOCABULARY), [b"abcabcabcabc", b"cab", b"", b"cabcabca", b"a!b"]
+    alone, most = [], 0
+    for text in texts:
+        calls.clear()
+        alone += beam_distributions(counting, trie, [text], [BOS], width=3)
+        most = max(most, len(calls))
+    calls.clear()
+    together = beam_distributions(counting, trie, texts, [BOS], width=3)
+    assert len(calls) == most  # as many as the longest document takes by itself
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_a_byte_that_no_token_holds_leaves_zero_rows() -> None:
-    rows = beam_distributions(random_model(), ByteTrie(VOCABULARY), b"ab!ab", [BOS])
+    (rows,) = beam_distributions(random_model(), ByteTrie(VOCABULARY), [b"ab!ab"], [BOS])
     assert (rows[:3].sum(1) - 1).abs().max() < 1e-6
     assert not rows[3:].any()
 
 
 def test_nothing_before_the_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="BOS"):
-        beam_distributions(random_model(), ByteTrie(VOCABULARY), b"ab", [])
+        beam_distributions(random_model(), ByteTrie(VOCABULARY), [b"ab"], [])
 
 
 SIZES: dict[str, Any] = {
@@ -154,11 +174,12 @@ def tiny(family: str) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3"])
 def test_tree_attention_equals_plain_forwards(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, trie, text = tiny(family), ByteTrie(VOCABULARY), b"abcabcaabbcabcab" * 2
+    model, trie = tiny(family), ByteTrie(VOCABULARY)
+    texts = [b"abcabcaabbcabcab" * 2, b"cab" * 7]
     assert isinstance(byte_beam._scorer(model, trie.size), TreeScorer)
     monkeypatch.setattr(byte_beam, "SPARE_SLOTS", 4)  # so that the cache is compacted
-    tree = beam_distributions(model, trie, text, [BOS, 5])
-    plain = beam_distributions(plain_forward(model, trie.size), trie, text, [BOS, 5])
+    tree = torch.cat(beam_distributions(model, trie, texts, [BOS, 5]))
+    plain = torch.cat(beam_distributions(plain_forward(model, trie.size), trie, texts, [BOS, 5]))
     torch.testing.assert_close(tree, plain, rtol=1e-4, atol=1e-5)
     uniform = torch.full((1,), 1 / 4)
     assert (plain[:, list(b"abc")] - uniform).abs().max() > 0.1  # the model is not flat

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from ctdbench import registry, request
 from ctdbench.cli import app
 from ctdbench.launch import conformance
-from ctdbench.launch.conformance import Finding
 from ctdbench.launch.conformance.bench import Bench
+from ctdbench.launch.findings import Finding
 
 
 @pytest.fixture

@@ -163,3 +163,14 @@ def test_disk_is_that_of_checkpoints() -> None:
     assert none is not None
     assert some is not None
     assert some.disk - none.disk == pytest.approx(3 * 3 * 4 * 125.1e6, rel=0.01)
+
+
+def test_a_kept_model_takes_disk_for_good() -> None:
+    plain, kept = (
+        estimate.estimate(embedded("smol-mistral", keep_model=keep), taught=False)
+        for keep in (False, True)
+    )
+    assert plain is not None
+    assert kept is not None
+    assert kept.kept - plain.kept == pytest.approx(4 * 125.1e6, rel=0.01)
+    assert kept.disk - plain.disk == kept.kept - plain.kept

@@ -23,8 +23,8 @@ from transformers import GenerationConfig
 
 from ctdbench.errors import PreflightError, RunError, UserError
 from ctdbench.evaluate import EvaluationRequest, check_tasks, evaluate, outcomes
-from ctdbench.evaluate.catalog import task_configs, task_dirs
 from ctdbench.evaluate.language_model import PinnedLM, undisturbed
+from ctdbench.evaluate.task_files import task_configs, task_dir
 from ctdbench.text.token_bytes import TokenBytes
 
 TOKENIZER = bpe_tokenizer()
@@ -75,7 +75,7 @@ class TestBitsPerByte:
 
     def test_gold_answer_given_the_question(self) -> None:
         evaluation = evaluate(request(["arithmetic_word"], limit=1))
-        items = task_dirs()[0] / "arithmetic_word.jsonl"
+        items = task_dir() / "arithmetic_word.jsonl"
         item = json.loads(items.read_text().splitlines()[0])
         encode = TokenBytes(TOKENIZER).encode
         question, answer = f"Question: {item['question']}\nAnswer:", f" {item['answer']}"
@@ -137,7 +137,7 @@ class TestGroups:
     def test_macro_average_is_that_of_lm_eval(self, data_dir: Path) -> None:
         evaluation = evaluate(request(["agi_zh"], data_dir=data_dir))
         manager = TaskManager(
-            include_path=str(task_dirs()[0]),
+            include_path=str(task_dir()),
             include_defaults=False,
             metadata={"data_dir": str(data_dir)},
         )
@@ -293,7 +293,7 @@ class TestRequests:
             "  - {name: first, filter: [{function: take_first}]}\n"
             "  - {name: same, filter: [{function: take_first}]}\n"
         )
-        evaluation = evaluate(request(["sums"], extra_task_dirs=[tmp_path]))
+        evaluation = evaluate(request(["sums"], extra_tasks=[tmp_path / "sums.yaml"]))
         assert set(evaluation.scores["sums"]) == {"exact_match,first", "exact_match,same"}
         assert len(evaluation.samples["sums"]) == 2
 

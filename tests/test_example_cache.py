@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy
@@ -275,6 +276,20 @@ def test_a_short_text_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     cached_examples(given, student, [teacher])
     monkeypatch.setattr(example_cache, "LONG_TEXT", 0)
     cached_examples(documents(4), student, [teacher], workers=1)
+
+
+def test_a_launcher_shares_out_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a run that states none; without a launcher there is one a core."""
+    seen: list[int] = []
+    monkeypatch.setattr(example_cache, "_encoded", lambda made, sides, count: seen.append(count))
+    monkeypatch.setattr(example_cache.encoded_file, "write", lambda *_: 1 / 0)
+    student, teacher = sides()
+    for share, stated in ((None, None), ("3", None), ("3", 5), ("0", None)):
+        monkeypatch.setenv(example_cache.WORKERS, share or "")
+        with pytest.raises(ZeroDivisionError):
+            cached_examples(documents(4), student, [teacher], workers=stated)
+    cores = len(os.sched_getaffinity(0))
+    assert seen == [cores, 3, 5, cores]
 
 
 def test_a_process_that_dies_is_an_error_of_one_line(

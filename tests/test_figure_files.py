@@ -65,8 +65,8 @@ def test_everything_fits(name: str, stored: Stored, tmp_path: Path) -> None:
 
 def test_files_are_whole_and_undated(stored: Stored, tmp_path: Path) -> None:
     made = figures.draw(*stored, tmp_path)
-    assert list(made) == ["scores", "curves", "cost", "ranks"]
-    assert len(list(tmp_path.iterdir())) == 12  # and nothing temporary
+    assert list(made) == ["scores", "curves", "points", "cost", "ranks"]
+    assert len(list(tmp_path.iterdir())) == 15  # and nothing temporary
     for paths in made.values():
         assert isinstance(paths, list)
         pdf, svg, png = (path.read_bytes() for path in paths)

@@ -28,6 +28,7 @@ from example_figures import (
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from ctdbench import results
 from ctdbench.errors import UserError
 from ctdbench.report import figures
 from ctdbench.report.figures import style
@@ -118,6 +119,24 @@ def test_curves_are_bits_per_byte(tmp_path: Path) -> None:
     bounds = band.get_paths()[0].vertices[:, 1]
     assert [bounds.min(), bounds.max()] == pytest.approx([nat, 1.2 * nat])
     assert "running mean over 5%" in axes.get_ylabel()
+
+
+def test_points_lead_from_the_start_to_the_score(tmp_path: Path) -> None:
+    rows = [row("start", {BPB: 3.0}, seeds=1), row("sft", {BPB: 1.0}), row("bld", {BPB: 0.5})]
+    table = table_of(rows, [BPB, ACC])
+    folders = logs(tmp_path, table)
+    bare = results.read_result(folders["bld 1"] / results.RESULT)
+    del bare["points"]
+    results.write_json_atomic(folders["bld 1"] / results.RESULT, bare)
+    figure = drawn(figures.FIGURES["points"](table, folders))
+    (axes,) = figure.axes  # no row has an accuracy on the way
+    assert [found.get_label() for found in axes.get_lines()] == ["sft"]
+    expected = [(0, 3.0), (50 * STEP, pytest.approx(2.1)), (100 * STEP, 1.0)]
+    assert xy(line(axes, "sft")) == expected
+    (band,) = axes.collections
+    bounds = band.get_paths()[0].vertices[:, 1]
+    assert [bounds.min(), bounds.max()] == [1.0, 3.0]
+    assert "on its way" in str(figures.FIGURES["points"](table, {}))
 
 
 def test_curves_say_which_rows_they_leave_out(tmp_path: Path) -> None:

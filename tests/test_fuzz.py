@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from ctdbench import registry, request, results
 from ctdbench.cli import app
 from ctdbench.errors import UserError
+from ctdbench.launch import preflight
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 quick = settings(
@@ -103,7 +104,7 @@ def test_every_command_line_is_served_or_refused_in_one_line(
         patch.chdir(folder)
         patch.setattr(registry, "_plugins", {})
         # Nothing is computed: a request that is in order stops where the work would begin.
-        patch.setattr(request, "preflight", _stop)
+        patch.setattr(preflight, "preflight", _stop)
         patch.setattr(request, "resolve_options", _stop)
         outcome = CliRunner().invoke(app, [command, *rest])
     assert outcome.exit_code in (0, 2, 3), outcome.stderr

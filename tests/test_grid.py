@@ -101,6 +101,12 @@ def test_settings_are_not_chosen_on_what_the_table_is_about() -> None:
     assert {cell.spec.eval.held_out for cell in line.finals(0.1)} == {"test"}
 
 
+def test_trials_keep_no_models() -> None:
+    (line,) = lines_of(tuning=TUNING, train={"keep_model": True})
+    assert {cell.spec.train.keep_model for cell in line.trials} == {False}
+    assert {cell.spec.train.keep_model for cell in line.finals(0.1)} == {True}
+
+
 def test_a_tuned_field_has_to_exist() -> None:
     (line,) = lines_of(tuning={**TUNING, "field": "train.learning_rat"})
     with pytest.raises(UserError, match="did you mean learning_rate"):

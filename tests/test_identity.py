@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -24,6 +26,26 @@ from ctdbench.spec import Frozen, RunSpec, is_identity
 pytestmark = pytest.mark.usefixtures("own_cache")
 ITEM = {"query": "Question: to sit\n", "choices": ["a chair", "a cloud"], "gold": 0}
 PLUGIN = "from ctdbench.method import Method\nMETHOD = type('Mine', (Method,), {})\n"
+
+
+# --- what files hold ---
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    fingerprint, path = references.fingerprint, tmp_path / "model.gguf"
+    monkeypatch.setattr(references, "fingerprint", lambda p: read.append(p) or fingerprint(p))
+    found = []
+    for data, time in ((b"ab", 1), (b"ab", 1), (b"ba", 2), (b"abc", 2), (b"abc", 2)):
+        path.write_bytes(data)
+        os.utime(path, ns=(time, time))
+        found.append(references.known_fingerprint(path))
+    assert len(read) == 3
+    assert found == [
+        hashlib.sha256(data).hexdigest() for data in (b"ab", b"ab", b"ba", b"abc", b"abc")
+    ]
 
 
 # --- every field is classified ---
@@ -135,6 +157,7 @@ def test_the_order_of_arguments_does_not_change_the_id(folder: Path) -> None:
         ("--set", "train.micro_batch=1"),
         ("--set", "train.checkpoint_every=7"),
         ("--set", "train.teacher_cache=null"),
+        ("--keep-model",),
         ("--debug",),
     ],
     ids=lambda more: more[-1],

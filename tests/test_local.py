@@ -192,8 +192,9 @@ local.run([job], lambda job, status: "", places=[{{}}])
 def test_slots_are_gpus_else_shares_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(local.devices, "gpus", tuple)
-    assert local.slots() == [{"OMP_NUM_THREADS": "8"}]
-    assert local.slots(3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "CTDBENCH_WORKERS")
+    assert local.slots() == [dict.fromkeys(names, "8")]
+    assert local.slots(3) == [dict.fromkeys(names, "2")] * 3
     found = tuple(local.devices.Gpu(name, 8 * 2**30, True) for name in ("0", "GPU-f00"))
     monkeypatch.setattr(local.devices, "gpus", lambda: found)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.slots()] == ["0", "GPU-f00"]

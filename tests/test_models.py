@@ -13,7 +13,7 @@ from harness_setup import tokenizer
 from tiny_models import bpe_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from ctdbench.distill import models, references
+from ctdbench.distill import models, references, saving
 from ctdbench.distill.models import Side
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import Lora, ModelSpec
@@ -130,7 +130,7 @@ def test_trained_embeddings_and_head_survive_merge_and_save(
     expected = forward(trained, ids)
     merged = models.merged(trained)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    models.save(Side.of(merged, own), tmp_path / "saved")
+    saving.save(Side.of(merged, own), tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     torch.testing.assert_close(forward(again, ids), expected, rtol=0, atol=1e-4)
     moved = again.get_output_embeddings().weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ FOLDERS = {
     "tasks": "ctdbench_tasks",
     "results/papers": "ctdbench_results/papers",
 }
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+FOREIGN = {"_version", "_supports_default_dynamic_cache"}  # names of torch and transformers
 SHIPPED = (".py", ".yaml", ".jsonl", ".gz", ".typed", ".csv", ".css", ".js")
 
 
@@ -37,6 +40,34 @@ def test_import_contracts_hold() -> None:
 
     outcome = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert outcome == EXIT_STATUS_SUCCESS
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Names with an underscore that a module gives to something: functions, classes, fields."""
+    nodes = list(ast.walk(tree))
+    found = {node.name for node in nodes if isinstance(node, DEFINITIONS)}
+    found |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    found |= {
+        n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_no_module_uses_what_another_keeps_for_itself() -> None:
+    paths = [path for name in ("ctdbench", "methods") for path in (ROOT / name).rglob("*.py")]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    owned = {path: own_names(tree) for path, tree in trees.items()}
+    everything = set().union(*owned.values()) - FOREIGN
+    assert {"_job", "_flops"} <= everything
+    used: dict[Path, set[str]] = {}
+    for path, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        names |= {alias.name for node in imports for alias in node.names}
+        used[path] = names & (everything - owned[path])
+    found = {path.name: names for path, names in used.items() if names}
+    assert found == {}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import browser
 import pytest
 from browser import ENTER, Browser
 from example_store import HEADLINE, write_store
-from poisoned_store import OWNED, poison
+from poisoned_store import IMAGE, OWNED, SCRIPT, poison
 
 from ctdbench import report, results
-from ctdbench.report import page
+from ctdbench.report import figures, page
 from ctdbench.report.formats.numbers import number
 from ctdbench.report.tables import Column
 from ctdbench.results import Result
@@ -174,6 +174,32 @@ def test_no_script_of_a_poisoned_store_runs(chromium: Browser, poisoned: Path) -
     assert OWNED in chromium.run("return document.body.textContent")
     anchors = "return Array.from(document.querySelectorAll('.scores a')).every((a) => a.hash)"
     assert chromium.run(anchors)
+
+
+def test_no_script_of_a_poisoned_table_or_figure_runs(chromium: Browser, poisoned: Path) -> None:
+    """Neither has the report's policy, so all depends on their escaping."""
+    found = results.find(poisoned.parent / "runs", status=None)
+    tables = report.comparison(found)
+    (poisoned.parent / "table.html").write_text(report.render(tables, "html"), encoding="utf-8")
+    folders = {result["id"]: folder for folder, result in found.items()}
+    drawn = figures.draw(tables[0], folders, poisoned.parent / "figures", ["svg"])
+    images = [path for made in drawn.values() if not isinstance(made, str) for path in made]
+    assert len(images) >= 3
+    for path in (poisoned.parent / "table.html", *images):
+        assert OWNED in path.read_text(encoding="utf-8")
+        chromium.open(path)
+        assert chromium.messages() == []
+        assert chromium.run("return document.title") != OWNED
+        assert chromium.run("return document.querySelectorAll('script, img').length") == 0
+
+
+def test_what_is_poison_runs_where_nothing_is_escaped(chromium: Browser, tmp_path: Path) -> None:
+    """Else the tests above would pass whatever the report did."""
+    for index, text in enumerate((SCRIPT, f'<p title="{IMAGE}">')):
+        path = tmp_path / f"{index}.html"
+        path.write_text(f"<!DOCTYPE html><title>safe</title><body>{text}", encoding="utf-8")
+        chromium.open(path)
+        assert chromium.run("return document.title") == OWNED
 
 
 def test_the_policy_stops_a_script_that_got_in(

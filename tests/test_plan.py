@@ -105,13 +105,16 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (line,) = problems(tiny(), tmp_path, jobs=2)
     assert "2 at a time" in line
     assert "fewer --jobs" in line
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` sets it
+    assert problems(tiny(), tmp_path, jobs=2) == []
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = SimpleNamespace(free=1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: full)
-    (line,) = problems(tiny(), tmp_path)
-    assert line.startswith(f"--store {tmp_path}")
+    store, cache = problems(tiny(), tmp_path)
+    assert store.startswith(f"--store {tmp_path}")
+    assert cache.startswith("the cache ")
 
 
 def test_a_store_that_is_a_file(tmp_path: Path) -> None:
@@ -131,6 +134,41 @@ def test_what_a_method_says_of_its_pair() -> None:
     found = preflight.unfit([tiny(method="kd"), tiny(), tiny(method="simct")])
     assert [spec.method for spec, _ in found] == ["kd"]
     assert isinstance(found[0][1], UserError)
+
+
+def test_run_tells_all_that_is_missing_before_torch_is_loaded(tmp_path: Path) -> None:
+    """As a plan does, and the worst decides the exit code."""
+    stated = {"student": {"model": "dir:nowhere"}, "teachers": [{"model": "dir:nowhere-either"}]}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(stated))
+    asked = ("run", "--method", "sft", "--pair", str(tmp_path / "p.yaml"))
+    done, loaded = apart(*asked)
+    told = ["dir:nowhere has", "dir:nowhere-either has"]
+    assert done.returncode == 3
+    assert [part in line for line, part in zip(lines(done.stderr), told, strict=True)] == [True] * 2
+    done, loaded_then = apart(*asked, "--tasks", "gsm9k", "--data-dir", str(tmp_path))
+    assert done.returncode == 3
+    assert sum("gsm9k" in line for line in lines(done.stderr)) == 1
+    assert len(lines(done.stderr)) == 3
+    assert not (loaded | loaded_then) & {"torch", "transformers"}
+
+
+def test_run_refuses_a_machine_with_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "free_memory", lambda: 1000)
+    store = tmp_path / "runs"
+    asked = ("run", "--method", "sft", "--pair", "tiny", "--store", str(store))
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 3
+    (line,) = lines(done.stderr)
+    assert "sft on tiny: it takes about" in line
+    assert not store.exists()
+
+
+def lines(told: str) -> list[str]:
+    found = told.splitlines()
+    assert all(line.startswith("error: ") for line in found)
+    return found
 
 
 # --- devices -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from example_results import example, store_example
 from ctdbench import registry, report, results
 from ctdbench.distill import references
 from ctdbench.errors import UserError
+from ctdbench.launch import sweep
 from ctdbench.launch.publish import publish
 from ctdbench.results import Result
 from ctdbench.spec import RunSpec
@@ -77,9 +78,14 @@ def test_the_folder_of_the_data_is_not_told(store: Path, tmp_path: Path) -> None
     folder, result = cell(store)
     result["spec"]["eval"]["data_dir"] = "/somewhere/of/mine"
     results.write_json_atomic(folder / "result.json", result)
+    for name in (sweep.REQUEST, sweep.LOG):  # what a sweep leaves beside a result
+        (folder / name).write_text("/somewhere/of/mine")
     publish(store, result["id"], tmp_path / "results")
     files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
     assert not any(b"/somewhere" in path.read_bytes() for path in files)
+    assert {path.name for path in files} == {
+        "result.json", "metrics.jsonl", "bpb_heldout.jsonl.gz",
+    }  # fmt: skip
 
 
 def another_code(result: Result) -> None:

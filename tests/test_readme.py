@@ -3,61 +3,71 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import typer.main
+from documented_commands import commands, parse
 from typer.testing import CliRunner
 
-from ctdbench import request
 from ctdbench.cli import app
 from ctdbench.errors import PreflightError
 from ctdbench.evaluate import available_tasks
+from ctdbench.launch import preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands(program: str) -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[1:] for line in words if line and line[0] == program]
+COMMANDS = commands(TEXT, "ctdbench")
+TASK = """\
+task: my-task
+output_type: loglikelihood_rolling
+custom_dataset: !function ctdbench_tasks.data.pydoc
+test_split: test
+doc_to_text: ""
+doc_to_target: text
+process_results: !function ctdbench_tasks.scoring.document
+metric_list:
+  - {metric: bpb, aggregation: mean, higher_is_better: false}
+"""
 
 
 def test_the_readme_has_commands() -> None:
-    assert len(commands("ctdbench")) >= 5
+    assert len(COMMANDS) >= 5
 
 
-@pytest.mark.parametrize("arguments", commands("ctdbench"), ids=" ".join)
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_a_command_of_the_readme_parses(arguments: list[str]) -> None:
-    group: Any = typer.main.get_command(app)
-    with group.make_context("ctdbench", list(arguments)) as context:
-        name, command, rest = group.resolve_command(context, arguments)
-        command.make_context(name, list(rest), parent=context)
+    parse(arguments)
 
 
-runs = [line for line in commands("ctdbench") if line[0] == "run"]
+runs = [line for line in COMMANDS if line[0] == "run"]
 
 
 @pytest.mark.parametrize("arguments", runs, ids=" ".join)
 def test_a_run_of_the_readme_names_what_exists(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Everything up to the engine goes through: names, settings, the method's options."""
+    monkeypatch.chdir(tmp_path)
+    if "mine.py" in arguments:
+        assert CliRunner().invoke(app, ["new-method", "mine"]).exit_code == 0
+    pair = (ROOT / "ctdbench" / "pairs" / "smol-mistral.yaml").read_text(encoding="utf-8")
+    Path("my-pair.yaml").write_text(pair, encoding="utf-8")
+    Path("my-task.yaml").write_text(TASK, encoding="utf-8")
 
     def stop(spec: Any, *_: Any, **__: Any) -> None:
-        assert set(spec.eval.tasks) <= {info.name for info in available_tasks()}
+        known = {info.name for info in available_tasks(spec.eval.extra_tasks)}
+        assert set(spec.eval.tasks) <= known
         raise PreflightError("reached the engine")
 
     engine = ModuleType("ctdbench.launch.cell")
     engine.run_cell = stop  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ctdbench.launch.cell", engine)
-    monkeypatch.setattr(request, "preflight", lambda spec: None)
+    monkeypatch.setattr(preflight, "preflight", lambda specs, store: [])
     outcome = CliRunner().invoke(app, arguments)
     assert (outcome.exit_code, outcome.stderr) == (3, "error: reached the engine\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,23 @@ def test_a_broken_plugin_is_named(text: str, complaint: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=complaint) as caught:
         registry.load_method("broken")
     assert str(path) in str(caught.value)
+
+
+def test_meta_of_an_installed_package_is_read_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_package").mkdir()
+    for name in ("__init__", "inner"):
+        write(tmp_path / "some_package", f"{name}.py", f"raise SystemExit\n{PLUGIN}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = {"one": "some_package", "two": "some_package.inner:Mine", "three": "some_package.no"}
+    points = [EntryPoint(name, value, registry.GROUP) for name, value in modules.items()]
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: points)
+    found = registry.methods()
+    titles = [found[name].meta["title"] for name in modules]
+    assert titles == ["Mine", "Mine", "some_package.no"]
+    assert found["two"].file == tmp_path / "some_package" / "inner.py"
+    assert found["three"].file is None
 
 
 def test_a_plugin_that_is_no_file_or_has_no_proper_name(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ctdbench import recipes, request
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.evaluate.catalog import leaf_configs, task_configs
 from ctdbench.launch import reproduce
+from ctdbench.launch.preflight import preflight
 from ctdbench.launch.table_plan import Ask, Plan, plan
 from ctdbench.recipes import Scale
 from ctdbench.report import papers
@@ -25,6 +28,7 @@ from ctdbench.spec import RunSpec
 
 TABLES = ["alm-table1", "alm-table3", "bld-table1", "bld-table2", "bld-table3", "xtoken-main"]
 SCALES: tuple[Scale, ...] = ("paper", "cpu")
+CHECK = partial(preflight, store=Path("none"))
 
 
 def test_the_tables_are_those_six() -> None:
@@ -143,31 +147,37 @@ def test_columns_need_their_data() -> None:
 
 def test_the_papers_text_has_to_be_given() -> None:
     recipe = recipes.load("bld-table1")
-    with pytest.raises(UserError, match=r"Tulu-3.*--corpus"):
-        reproduce.preflight(plan(recipe, Ask()), lambda _: None)
-    with pytest.raises(UserError, match="unknown corpus"):
-        reproduce.preflight(plan(recipe, Ask(corpus="tulu")), lambda _: None)
+    (problem,) = reproduce.problems(plan(recipe, Ask()), lambda _: [])
+    assert re.search(r"Tulu-3.*--corpus", str(problem))
+    found = reproduce.problems(plan(recipe, Ask(corpus="tulu")), CHECK)
+    assert sum("unknown corpus" in str(problem) for problem in found) == 1
 
 
 def test_what_a_pair_lacks_is_told_before_anything_runs() -> None:
-    def check(spec: RunSpec) -> None:
-        raise PreflightError(f"{spec.pair.name}: Gemma is not installed", "pip install it")
+    asked: list[str] = []
 
-    with pytest.raises(PreflightError, match="pip install it"):
-        reproduce.preflight(plan(recipes.load("bld-table3"), Ask(scale="cpu")), check)
+    def check(specs: Sequence[RunSpec]) -> list[UserError]:
+        asked.extend(spec.method for spec in specs)
+        return [PreflightError("Gemma is not installed", "pip install it")]
+
+    planned = plan(recipes.load("bld-table3"), Ask(scale="cpu"))
+    (problem,) = reproduce.problems(planned, check)
+    assert "pip install it" in str(problem)
+    assert asked == [spec.method for spec in planned.cells.values()]
 
 
 # What is run in place of what the recipe states.
 
 
+def no_model(specs: Sequence[RunSpec]) -> list[UserError]:
+    return [PreflightError("no such model", "pip install it")]
+
+
 def settings(**ask: Any) -> list[str]:
     """What a dry run of Table 1 of BLD tells of its settings, where its models are missing."""
 
-    def check(spec: RunSpec) -> None:
-        raise PreflightError("no such model")
-
     planned = plan(recipes.load("bld-table1"), Ask(**ask)).resolved(request.resolve_options)
-    text = reproduce.describe(planned, Path("none"), check)
+    text = reproduce.describe(planned, Path("none"), no_model)
     return [line.strip() for line in text.partition("Settings")[2].splitlines()]
 
 
@@ -257,8 +267,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) -> None:
     store, said = tmp_path / "runs", list[str]()
-    reproduce.preflight(tiny, request.preflight)
-    assert "2 cells, 0 done already" in reproduce.describe(tiny, store, request.preflight)
+    assert reproduce.problems(tiny, CHECK) == []
+    assert "2 cells, 0 done already" in reproduce.describe(tiny, store, CHECK)
     text = render(reproduce.compare(tiny, reproduce.run(tiny, store, said.append), store))
     lines = {line.split("|")[0].strip(): line for line in text.splitlines() if "|" in line}
     assert lines["bld"].split("|")[1].split()[0] == "75.68?"
@@ -268,7 +278,7 @@ def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) 
     assert "mined: failed: " in text
     assert "left out on purpose" in text
     assert ["failed" in line for line in said] == [True, False]
-    planned = reproduce.describe(tiny, store, request.preflight)
+    planned = reproduce.describe(tiny, store, CHECK)
     assert "2 cells, 1 done already" in planned
     assert "ours   learning rate 0.0001 (not found; here: " in planned
     said.clear()
@@ -278,13 +288,10 @@ def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) 
 
 
 def test_a_dry_run_says_what_cannot_run_and_runs_nothing(tiny: Plan, tmp_path: Path) -> None:
-    def check(spec: RunSpec) -> None:
-        raise PreflightError("no such model", "pip install it")
-
-    text = reproduce.describe(tiny, tmp_path / "runs", check)
+    text = reproduce.describe(tiny, tmp_path / "runs", no_model)
     assert text.count("cannot run: no such model. pip install it") == 2
     assert not (tmp_path / "runs").exists()
-    no_text = reproduce.describe(replace(tiny, ask=Ask()), tmp_path / "runs", check)
+    no_text = reproduce.describe(replace(tiny, ask=Ask()), tmp_path / "runs", no_model)
     assert no_text.count("--corpus") == 1
 
 

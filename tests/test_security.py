@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def test_task_files_are_read_without_running_them(tmp_path: Path) -> None:
 
     (tmp_path / "own.py").write_text("raise SystemExit('was run')")
     (tmp_path / "own.yaml").write_text("task: own\ndoc_to_text: !function own.text\n")
-    assert "own" in {info.name for info in available_tasks([tmp_path])}
+    assert "own" in {info.name for info in available_tasks([tmp_path / "own.yaml"])}
 
 
 def test_readme_says_whose_code_is_trusted() -> None:
@@ -258,6 +258,50 @@ def test_no_secret_and_no_home_reaches_a_result(home: Path) -> None:
     again = CliRunner().invoke(app, ["run", "--config", "again.yaml", "--store", "runs"])
     assert again.exit_code == 0, again.stderr
     assert "done already" in again.stderr
+
+
+def test_a_sweep_writes_no_home_into_its_requests(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it writes asks for the same cell: `~` is read as the home."""
+    from ctdbench import request
+    from ctdbench.distill import tiny
+    from ctdbench.launch import sweep
+    from ctdbench.launch.grid import GridCell
+    from ctdbench.launch.local import Ended, Job
+
+    for name in ("models", "data/piqa"):
+        (home / name).mkdir(parents=True)
+    tiny.make("student", home / "models")
+    (home / "data/piqa/validation.jsonl").write_text("")
+    (home / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT))
+    sides = {"student": {"model": f"dir:{home}/models"}, "teachers": [{"model": "tiny:teacher"}]}
+    evaluation = {"tasks": ["piqa", "bpb_pydoc"], "data_dir": f"{home}/data"}
+    asked = request.resolve_options(
+        request.build_spec(
+            {
+                "method": "sft",
+                "pair": {"name": "p", **sides},
+                "train": {"corpus": f"jsonl:{home}/text.jsonl"},
+                "eval": evaluation,
+            }
+        )
+    )
+    (place,) = sweep.places([GridCell("one", asked)], Path("runs"))
+    started: list[Job] = []
+
+    def launch(jobs: Sequence[Job], ended: Ended) -> None:
+        started.extend(jobs)
+
+    sweep.run_places([place], launch)
+    (path,) = Path("runs").rglob(sweep.REQUEST)
+    assert str(path) in started[0].command
+    assert str(home) not in path.read_text()
+    again = request.build_spec({}, path)
+    assert again.train.corpus == "jsonl:~/text.jsonl"
+    assert again.eval.data == home / "data"
+    (same,) = sweep.places([GridCell("again", again)], Path("runs"))
+    assert same.cell.id == place.cell.id
 
 
 def test_what_only_looks_like_a_home_or_a_secret_stays(

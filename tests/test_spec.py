@@ -109,8 +109,9 @@ RUNTIME: dict[type[Frozen], dict[str, Any]] = {
         "teacher_cache": None,
         "workers": 2,
         "checkpoint_every": 0,
+        "keep_model": True,
     },
-    EvalSpec: {"data_dir": "somewhere", "points": 4},
+    EvalSpec: {"task_files": ("mine.yaml",), "data_dir": "somewhere", "points": 4},
 }
 
 

@@ -20,7 +20,8 @@ from typer.testing import CliRunner, Result
 
 from ctdbench import request, results
 from ctdbench.cli import app
-from ctdbench.launch import local
+from ctdbench.distill import references
+from ctdbench.launch import local, provenance
 from ctdbench.launch.local import Ended, Job
 from ctdbench.launch.sweep import TRIALS, Sweep
 
@@ -196,6 +197,31 @@ def test_cells_with_the_same_baselines_are_one_group(tmp_path: Path) -> None:
     again: list[Job] = []
     sweep.run(lambda some, ended: again.extend(some))
     assert {entry.group for entry in again} == {""}
+
+
+def test_a_plan_reads_every_file_and_the_commit_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    asked: list[str] = []
+    fingerprint, ask = references.fingerprint, subprocess.run
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return fingerprint(path)
+
+    def git(command: list[str], **options: Any) -> Any:
+        asked.append(command[3])
+        return ask(command, **options)
+
+    references._fingerprint_as_of.cache_clear()
+    provenance._git.cache_clear()
+    monkeypatch.setattr(references, "fingerprint", noted)
+    monkeypatch.setattr(provenance.subprocess, "run", git)
+    sweep = Sweep(lines_of(rows=["sft", "uld"], seeds=3, tuning=TUNING), tmp_path)
+    assert len(sweep.trials) == len(sweep.finals()) + 6 == 6
+    assert sorted(read) == ["prompts.yaml", "sft.py", "uld.py"]
+    assert sorted(asked) in (["rev-parse", "status"], [])  # in a clone, in a wheel
 
 
 # --- the command ---------------------------------------------------------------------------------

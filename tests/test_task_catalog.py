@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ctdbench.errors import UserError
 from ctdbench.evaluate import available_tasks, catalog, check_tasks, shared_ngrams, task_content
-from ctdbench.evaluate.catalog import leaf_configs, task_configs
+from ctdbench.evaluate.task_files import leaf_configs, task_configs
 
 SUBSETS = [str(leaf["task"]) for leaf in leaf_configs("agi_zh", task_configs())]
 
@@ -97,15 +97,16 @@ class TestCatalog:
             "task: mine\noutput_type: multiple_choice\ncustom_dataset: !function boom.data\n"
             "metric_list: [{metric: acc}]\n"
         )
-        mine = next(info for info in available_tasks([tmp_path]) if info.name == "mine")
+        listed = available_tasks([tmp_path / "mine.yaml"])
+        mine = next(info for info in listed if info.name == "mine")
         assert (mine.kind, mine.metric, mine.needs) == ("multiple_choice", "acc", "nothing")
 
     def test_bad_yaml_names_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text("task: [\n")
         with pytest.raises(UserError, match=r"bad\.yaml"):
-            available_tasks([tmp_path])
-        with pytest.raises(UserError, match="does not exist"):
-            available_tasks([tmp_path / "nowhere"])
+            available_tasks([tmp_path / "bad.yaml"])
+        with pytest.raises(UserError, match="No such file"):
+            available_tasks([tmp_path / "nowhere.yaml"])
 
 
 def test_the_text_that_python_brings_is_part_of_the_identity(

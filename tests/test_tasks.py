@@ -25,9 +25,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ctdbench.errors import UserError
 from ctdbench.evaluate import check_tasks, task_texts
-from ctdbench.evaluate.catalog import leaf_configs, task_configs, task_dirs, task_files
+from ctdbench.evaluate.task_files import leaf_configs, task_configs, task_dir, task_files
 
-TASKS = task_dirs()[0]
+TASKS = task_dir()
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 SUBSETS = [str(leaf["task"]) for leaf in leaf_configs("agi_zh", task_configs())]
 
@@ -148,7 +148,9 @@ def pretend_hub(
 ) -> None:
     """Let the task's `load_dataset` answer with these rows: data set -> split -> rows."""
 
-    def load_dataset(path: str, config: str | None = None) -> dict[str, Dataset]:
+    def load_dataset(
+        path: str, config: str | None = None, revision: str | None = None
+    ) -> dict[str, Dataset]:
         return {split: Dataset.from_list(part) for split, part in rows[path].items()}
 
     function = load_yaml(task_files()[name])["custom_dataset"]

@@ -107,7 +107,7 @@ def test_the_beam_is_computed_once_a_document(
     first = taught.byte_distributions(batch, None, BEAM)
     bos = [taught.side.specials.bos]
     for example, rows in zip(found, first.split([len(e.text) for e in found]), strict=True):
-        expected = beam_distributions(taught.side.model, taught.trie, example.text, bos)
+        (expected,) = beam_distributions(taught.side.model, taught.trie, [example.text], bos)
         torch.testing.assert_close(rows, expected)
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -73,14 +73,14 @@ class Killed(BaseException):
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    own = train._Metrics.write
+    own = train.MetricsFile.write
 
     def write(self: Any, values: dict[str, Any]) -> None:
         own(self, values)
         if values["step"] == step:
             raise Killed
 
-    monkeypatch.setattr(train._Metrics, "write", write)
+    monkeypatch.setattr(train.MetricsFile, "write", write)
 
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:

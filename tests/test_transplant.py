@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from wheel_tokenizers import real_documents, wheel_token_bytes, wheel_tokenizer
 
 from ctdbench import registry
-from ctdbench.distill import models, tokenizers
+from ctdbench.distill import models, saving, tokenizers
 from ctdbench.distill.models import Side
 from ctdbench.distill.tokenizers import Specials
 from ctdbench.distill.transplant import LongestSubwords, transfer_sources, transplant
@@ -148,7 +148,7 @@ def test_a_transplanted_model_is_saved_and_read_again(tied: bool, tmp_path: Path
     model = tiny_model(tokenizer("teacher"), tie_word_embeddings=tied)
     new = tokenizer("student")
     transplant(model, tokenizer("teacher"), new)
-    models.save(Side.of(model.eval(), new), tmp_path / "saved")
+    saving.save(Side.of(model.eval(), new), tmp_path / "saved")
     ids = torch.tensor([new("The fox jumps, 42")["input_ids"]])
     again = models.load_side(ModelSpec(model=f"dir:{tmp_path / 'saved'}"))
     torch.testing.assert_close(forward(again.model, ids), forward(model, ids))
@@ -423,7 +423,7 @@ def test_a_student_with_subwords_trains_and_is_not_saved(
     assert not any("subwords" in name for name in merged.state_dict())
     side = Side.of(merged, tokenizers.byte_tokenizer())
     with pytest.raises(UserError, match=r"student\.add_subwords"):
-        models.save(side, tmp_path / "saved")
+        saving.save(side, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
@@ -438,7 +438,7 @@ def test_a_student_of_bytes_is_loaded_saved_and_read_again(
     side = models.load_side(spec)
     assert not any("subwords" in name for name, _ in side.model.named_modules())
     train_a_little(side.model, byte_ids())
-    models.save(side, tmp_path / "saved")
+    saving.save(side, tmp_path / "saved")
     again = models.load_side(ModelSpec(model=f"dir:{tmp_path / 'saved'}"))
     torch.testing.assert_close(forward(again.model, byte_ids()), forward(side.model, byte_ids()))
     assert again.tokens.vocabulary == side.tokens.vocabulary

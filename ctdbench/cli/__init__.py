@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ctdbench.cli import cells, development, grid, show
+from ctdbench.cli import cells, development, grid, models, show
 from ctdbench.cli.application import app
 
-__all__ = ["app", "cells", "development", "grid", "main", "show"]
+__all__ = ["app", "cells", "development", "grid", "main", "models", "show"]
 
 
 def main() -> None:

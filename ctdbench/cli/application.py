@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -41,9 +41,12 @@ def _describe(error: Exception) -> tuple[str, int]:
         line = error.format_message() + (f" See {context.command_path} --help" if context else "")
     else:
         line = f"{type(error).__name__}: {error} (--debug shows where)"
-    # What a file or a name holds must not command the terminal.
-    shown = "".join(c if c.isprintable() else " " for c in line)
-    return " ".join(shown.split()), getattr(error, "exit_code", 1)
+    return one_line(line), getattr(error, "exit_code", 1)
+
+
+def one_line(text: str) -> str:
+    """What a file or a name holds must not command the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 app = typer.Typer(
@@ -66,7 +69,10 @@ Plugins = Annotated[
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' data; without it: the hub.")]
 Budget = Annotated[str | None, typer.Option(help="Text to train on, in bytes: 200kB, 1.5MB.")]
-Tasks = Annotated[str | None, typer.Option(help="Task names, separated by commas.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", "--task", help="Tasks' names or YAML files, separated by commas."),
+]
 Limit = Annotated[int | None, typer.Option(help="At most this many items a task.")]
 Settings = Annotated[
     list[str] | None,
@@ -75,9 +81,22 @@ Settings = Annotated[
 BlockRows = Annotated[
     int | None, typer.Option(help="Rows whose logits exist at a time; less memory, same loss.")
 ]
+Track = Annotated[
+    Literal["tensorboard", "trackio", "wandb"] | None,
+    typer.Option(help="Send the metrics of training to this tracker, too; none by default."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that comes with a hub model.")
 ]
+
+
+def stop(problems: Sequence[UserError]) -> None:
+    """Tell all problems, a line each, and end; the worst decides the exit code."""
+    if problems:
+        *others, last = sorted(problems, key=lambda problem: problem.exit_code)
+        for problem in others:
+            typer.echo(f"error: {one_line(str(problem))}", err=True)
+        raise last
 
 
 @app.callback(invoke_without_command=True)

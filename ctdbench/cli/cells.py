@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +21,11 @@ from ctdbench.cli.application import (
     Settings,
     Store,
     Tasks,
+    Track,
     TrustRemoteCode,
     app,
     headline,
+    stop,
 )
 
 
@@ -41,6 +45,11 @@ def run(
     settings: Settings = None,
     plugin: Plugins = None,
     block_rows: BlockRows = None,
+    track: Track = None,
+    keep_model: Annotated[
+        bool,
+        typer.Option("--keep-model", help="Keep the trained student, for export and evaluate."),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
@@ -49,14 +58,21 @@ def run(
     Shows it beside the baselines. The same command again resumes, or says that it is done.
     """
     from ctdbench import registry, request
+    from ctdbench.distill import tracking
 
     for path in plugin or []:
         registry.add_plugin(path)
+    if track:
+        tracking.require(track)
     flags = {
         "method": method,
         "pair": pair,
         "seed": seed,
-        "train": {"budget": budget, "block_rows": block_rows},
+        "train": {
+            "budget": budget,
+            "block_rows": block_rows,
+            "keep_model": keep_model or None,
+        },
         "eval": {
             "tasks": tasks and tuple(name.strip() for name in tasks.split(",")),
             "limit": limit,
@@ -64,11 +80,15 @@ def run(
         },
     }
     spec = request.build_spec(flags, config, settings or [], trust_remote_code=trust_remote_code)
-    request.preflight(spec)
+    from ctdbench.launch.preflight import preflight
+
+    stop(preflight([spec], store))
     spec = request.resolve_options(spec)
     from ctdbench.launch.cell import run_cell
 
-    result = run_cell(spec, store, data_dir=spec.eval.data)
+    result = run_cell(spec, store, data_dir=spec.eval.data, track=track)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return
     if result["was_done"]:
         typer.echo("This cell was done already; nothing was computed.", err=True)
     _show_beside(result, store)
@@ -113,16 +133,18 @@ def reproduce(
     """Run a published table here and show it beside the paper's numbers."""
     from ctdbench import recipes, request
     from ctdbench.launch import reproduce as launcher
+    from ctdbench.launch.preflight import preflight
     from ctdbench.launch.table_plan import Ask, plan
     from ctdbench.report.reproduction_text import render
 
     size = request.bytes_of(budget, "--budget") if budget else None
     planned = plan(recipes.load(table), Ask(scale, size, limit, seeds, corpus, data_dir))
+    check = partial(preflight, store=store)
     if dry_run:
         planned = planned.resolved(request.resolve_options)
-        typer.echo(launcher.describe(planned, store, request.preflight), nl=False)
+        typer.echo(launcher.describe(planned, store, check), nl=False)
         return
-    launcher.preflight(planned, request.preflight)
+    stop(launcher.problems(planned, check))
     planned = planned.resolved(request.resolve_options)
     outcomes = launcher.run(planned, store, lambda line: typer.echo(line, err=True))
     typer.echo(render(launcher.compare(planned, outcomes, store)), nl=False)

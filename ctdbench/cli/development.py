@@ -8,27 +8,57 @@ from typing import Annotated, Literal
 
 import typer
 
-from ctdbench.cli.application import Debug, Plugins, app
+from ctdbench.cli.application import DataDir, Debug, Plugins, TrustRemoteCode, app
 from ctdbench.errors import UserError
 
 SMALLEST_VOCABULARY = 1024  # for all bytes, and words beside them
 
 
+@app.command(name="new-method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Of the method: letters, digits, hyphens.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
+    debug: Debug = False,
+) -> None:
+    """Write a method that runs as it is, and its test; both are yours to change."""
+    from ctdbench.launch import new_method as writer
+
+    method, test = writer.write(name, out)
+    typer.echo(f"{method}\n{test}\n\nWhat it does is yours to write. As it is, these pass:")
+    for command in (
+        f"ctdbench check {name} --plugin {method}",
+        f"ctdbench run --method {name} --plugin {method} --pair tiny --budget 20kB --limit 10",
+        f"pytest {test}",
+    ):
+        typer.echo(f"  {command}")
+
+
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="A method's name (ctdbench list methods).")],
+    name: Annotated[
+        str, typer.Argument(help="A method, pair or task (ctdbench list), or a YAML file.")
+    ],
+    kind: Annotated[
+        Literal["method", "pair", "task"] | None,
+        typer.Option(help="What the name is, where it stands for several things."),
+    ] = None,
     plugin: Plugins = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="method.FIELD=VALUE", help="Options of the method."),
     ] = None,
+    data_dir: DataDir = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Check a method: its contract, what must not change its loss, a short training run.
+    """Check a method, a pair or a task, one line a finding.
 
+    A method: its contract, what must not change its loss, a short training run. A pair: models and
+    tokenizers, text as bytes, alignment, the start. A task: its file, its data, one item, scores.
     Exit code 0 if every check passes, else 1.
     """
-    from ctdbench import registry, request
+    from ctdbench import registry
+    from ctdbench.launch import subjects
 
     for setting in settings or []:
         if not setting.startswith("method."):
@@ -38,12 +68,42 @@ def check(
             )
     for path in plugin or []:
         registry.add_plugin(path)
-    spec = request.build_spec({"method": name, "pair": "tiny"}, settings=settings or [])
+    kind = kind or subjects.kind_of(name)
+    if kind == "method":
+        passed = _check_method(name, settings or [], debug)
+    elif settings:
+        raise UserError(f"--set: {name} is a {kind} and has no options", "leave it out")
+    elif kind == "pair":
+        passed = _check_pair(name, trust_remote_code, debug)
+    else:
+        passed = _check_task(name, data_dir, debug)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _check_method(name: str, settings: list[str], debug: bool) -> bool:
+    from ctdbench import request
+
+    spec = request.build_spec({"method": name, "pair": "tiny"}, settings=settings)
     spec = request.resolve_options(spec)
     from ctdbench.launch import conformance
 
-    if not conformance.run(spec, typer.echo, debug=debug):
-        raise typer.Exit(1)
+    return conformance.run(spec, typer.echo, debug=debug)
+
+
+def _check_pair(name: str, trust: bool, debug: bool) -> bool:
+    from ctdbench import registry
+
+    pair = registry.load_pair(name)
+    from ctdbench.launch import check_pair
+
+    return check_pair.run(pair, typer.echo, trust_remote_code=trust, debug=debug)
+
+
+def _check_task(name: str, data_dir: Path | None, debug: bool) -> bool:
+    from ctdbench.launch import check_task
+
+    return check_task.run(check_task.TaskCase.of(name, data_dir), typer.echo, debug=debug)
 
 
 @app.command()

@@ -19,9 +19,11 @@ from ctdbench.cli.application import (
     Settings,
     Store,
     Tasks,
+    Track,
     TrustRemoteCode,
     app,
     headline,
+    stop,
 )
 from ctdbench.errors import UserError
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ctdbench.launch.grid import Build, Line
+    from ctdbench.launch.slurm import Cluster
     from ctdbench.launch.sweep import Place, Sweep
     from ctdbench.results import Result
     from ctdbench.spec import RunSpec
@@ -63,9 +66,18 @@ def sweep(
     settings: Settings = None,
     plugin: Plugins = None,
     block_rows: BlockRows = None,
+    track: Track = None,
     trust_remote_code: TrustRemoteCode = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Cells at a time; default: one a GPU, else one.")
+        int | None,
+        typer.Option(min=1, help="Cells at a time; default: one a GPU, else one; on Slurm: all."),
+    ] = None,
+    launcher: Annotated[
+        Literal["local", "slurm"], typer.Option(help="Processes here, or a Slurm job array.")
+    ] = "local",
+    slurm_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="One of sbatch's: gpus=1, time=4:00:00, ..."),
     ] = None,
     when: Annotated[
         Literal["always", "never", "only-missing", "only-failed"],
@@ -79,12 +91,14 @@ def sweep(
     The same command again goes on where it stopped. Exit code 1 if a cell failed.
     """
     from ctdbench import registry
+    from ctdbench.distill import tracking
     from ctdbench.launch import local
-    from ctdbench.launch.overview import overview
     from ctdbench.launch.sweep import Sweep
 
     for path in plugin or []:
         registry.add_plugin(path)
+    if track:
+        tracking.require(track)
     named = {"method": method, "pair": pair, "seeds": seeds if seed is None else (seed,)}
     over = {
         "train": _given(budget=budget, block_rows=block_rows),
@@ -100,17 +114,20 @@ def sweep(
     else:
         _refuse(**named, config=config, settings=settings)
         lines = _from_file(grid, over, build)
+    cluster = _cluster(launcher, slurm_option or [], store, jobs)
     slots = local.slots(jobs)
-    lines, problems = _checked(lines, store, len(slots), drop_unfit=method == ALL)
+    here = None if cluster else len(slots)
+    lines, problems = _checked(lines, store, here, drop_unfit=method == ALL)
     arguments = [f"--plugin={path}" for path in plugin or []]
     arguments += ["--trust-remote-code"] * trust_remote_code
+    arguments += [f"--track={track}"] if track else []
     planned = Sweep(lines, store, when, tuple(arguments))
     if dry_run or context.info_name == "plan":
-        typer.echo(overview(planned, problems), nl=False)
+        _show(planned, problems, cluster)
         raise typer.Exit(3 if problems else 0)
-    _stop(problems)
+    stop(problems)
     try:
-        cells = planned.run(partial(local.run, places=slots))
+        cells = planned.run(cluster.run if cluster else partial(local.run, places=slots))
     except local.Stopped as stopped:
         typer.echo(f"{stopped}; the same command goes on", err=True)
         raise typer.Exit(128 + stopped.number) from None
@@ -160,18 +177,47 @@ def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",")]
 
 
+def _cluster(
+    launcher: str, options: Sequence[str], store: Path, jobs: int | None
+) -> Cluster | None:
+    """None for this machine."""
+    from ctdbench.launch import slurm, slurm_script
+
+    if launcher == "slurm":
+        slurm_script.parse(options)
+        return slurm.Cluster(store / "slurm", tuple(options), jobs)
+    if options:
+        raise UserError("--slurm-option is of no use here", "give --launcher slurm, too")
+    return None
+
+
+def _show(planned: Sweep, problems: Sequence[UserError], cluster: Cluster | None) -> None:
+    """The cells and what would fail; the script that would be submitted first."""
+    from ctdbench.launch.overview import is_known, overview
+
+    typer.echo(overview(planned, problems), nl=False)
+    if cluster and is_known(problems) and (jobs := planned.next_jobs()):
+        script = cluster.script(jobs)
+        typer.echo(f"\n{script.path}:\n\n{script.text}", nl=False)
+
+
 def _checked(
-    lines: list[Line], store: Path, jobs: int, *, drop_unfit: bool
+    lines: list[Line], store: Path, jobs: int | None, *, drop_unfit: bool
 ) -> tuple[list[Line], list[UserError]]:
     """Lines with all options, unless something is missing or wrong, and what would fail.
 
+    jobs: cells at a time on this machine; None: on others, of which this one knows nothing.
     drop_unfit: leave out methods that cannot serve their pair, instead of complaining.
     """
     from ctdbench import request
+    from ctdbench.launch import slurm_queue
     from ctdbench.launch.preflight import Scarce, preflight, unfit
 
     specs = [cell.spec for line in lines for cell in [*line.trials, line.finals()[0]]]
-    problems = preflight(specs, store, jobs=jobs)
+    problems = preflight(specs, store, jobs=jobs or 1)
+    if jobs is None:
+        others = [problem for problem in problems if not isinstance(problem, Scarce)]
+        problems = others + slurm_queue.missing()
     if not all(isinstance(problem, Scarce) for problem in problems):
         return lines, problems
     misfits = unfit([line.spec for line in lines])
@@ -182,15 +228,6 @@ def _checked(
     elif misfits:
         return lines, [*problems, *(error for _, error in misfits)]
     return [line.resolved(request.resolve_options) for line in lines], problems
-
-
-def _stop(problems: Sequence[UserError]) -> None:
-    """Tell all problems, a line each; the worst decides the exit code."""
-    if problems:
-        *others, last = sorted(problems, key=lambda problem: problem.exit_code)
-        for problem in others:
-            typer.echo(f"error: {problem}", err=True)
-        raise last
 
 
 def _summary(planned: Sweep, cells: Sequence[Place]) -> bool:

@@ -48,9 +48,8 @@ def last_layer(model: Any) -> list[nn.Parameter]:
 
     Raises UserError if there is none.
     """
-    body = models.base_model(model).get_decoder()
-    stack = next((part for part in body.children() if isinstance(part, nn.ModuleList)), ())
-    found = [p for layer in list(stack)[-1:] for p in layer.parameters() if p.requires_grad]
+    last = models.layers(model)[-1:]
+    found = [p for layer in last for p in layer.parameters() if p.requires_grad]
     if not found:
         raise UserError(
             "train.balance: gradmag needs trainable parameters in the student's last layer",

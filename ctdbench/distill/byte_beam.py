@@ -9,12 +9,13 @@ starts anew from its longest context, with the bytes since cut into longest toke
 
 The contexts of a document form a tree. `TreeScorer` keeps one key-value cache that only grows, a
 place for each tree node, and scores all new nodes of a step in one forward, under a mask in which
-a node sees its ancestors.
+a node sees its ancestors. Several documents are a forest in the same cache: each goes on until it
+needs the model, and one forward answers them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,53 +77,80 @@ class Hypothesis(NamedTuple):
 def beam_distributions(
     model: Any,
     trie: ByteTrie,
-    text: bytes,
+    texts: Sequence[bytes],
     bos: Sequence[int],
     *,
     width: int = 10,
     prune: float = 0.01,
-) -> Tensor:
-    """The model's distribution of every byte of a document given those before: [len(text), 257].
+) -> list[Tensor]:
+    """The model's distribution of every byte of documents given those before: [bytes, 257] each.
 
     model: a transformers causal LM, or a function from token sequences to the log-probabilities
-    [sequences, V] of the next token. trie: its vocabulary. bos: tokens before the text, not empty.
+    [sequences, V] of the next token. trie: its vocabulary. bos: tokens before a text, not empty.
     width: K, hypotheses kept. prune: those below this share of the beam's mass are dropped.
     Column 256 is the probability that the text ends (all specials, at token boundaries). float32 on
     the CPU; rows sum to 1. After a byte that no token holds the rows are zero.
     """
     if not bos:
         raise ValueError("the beam needs at least one token before the text, such as BOS")
-    beam = _Beam(trie, _scorer(model, trie.size), text, width, prune)
-    rows = np.zeros((len(text), ENDS + 1), np.float32)
-    hypotheses = [Hypothesis(beam.scored([Context(tuple(bos))])[0], ROOT, 1.0)]
-    for place in range(len(text)):
-        hypotheses = beam.survivors(hypotheses, place)
-        rows[place] = beam.distribution(hypotheses)
-        hypotheses = beam.advanced(hypotheses, place) or beam.healed(hypotheses, place)
-        if not hypotheses:
-            break
-    return torch.from_numpy(rows)
+    scorer = _scorer(model, trie.size)
+    beams = [_Beam(trie, text, bos, width, prune) for text in texts]
+    waiting = [(beam, beam.run()) for beam in beams]
+    while waiting:
+        asked = [(beam, run, contexts) for beam, run in waiting if (contexts := next(run, None))]
+        waiting = [(beam, run) for beam, run, _ in asked]
+        scorer.keep([context for beam, _ in waiting for context in beam.contexts])
+        _score(scorer, trie, [context for _, _, contexts in asked for context in contexts])
+    return [torch.from_numpy(beam.rows) for beam in beams]
+
+
+def _score(scorer: Scorer, trie: ByteTrie, contexts: Sequence[Context]) -> None:
+    """Call the model for contexts that it has not seen."""
+    if not contexts:
+        return
+    scores = scorer.log_probabilities(contexts)
+    order = torch.from_numpy(trie.order).to(scores.device)
+    masses = scores[:, order].double().exp().cpu().numpy()
+    if not np.isfinite(masses).all():
+        raise RunError("the teacher's logits are not finite", "try it in float32")
+    for context, row in zip(contexts, masses, strict=True):
+        context.masses, context.specials = row, max(0.0, 1.0 - float(row.sum()))
 
 
 class _Beam:
-    """The steps of the search over one document; each takes and returns the hypotheses."""
+    """The search over one document.
+
+    rows [bytes, 257]: what it found. contexts: those that it may still extend.
+    """
 
     def __init__(
-        self, trie: ByteTrie, scorer: Scorer, text: bytes, width: int, prune: float
+        self, trie: ByteTrie, text: bytes, bos: Sequence[int], width: int, prune: float
     ) -> None:
-        self.trie, self.scorer, self.text, self.width, self.prune = trie, scorer, text, width, prune
+        self.trie, self.text, self.bos, self.width, self.prune = trie, text, bos, width, prune
+        self.rows = np.zeros((len(text), ENDS + 1), np.float32)
+        self.contexts: list[Context] = []
 
-    def scored(self, contexts: list[Context]) -> list[Context]:
-        """Call the model for contexts that it has not seen."""
-        if contexts:
-            scores = self.scorer.log_probabilities(contexts)
-            order = torch.from_numpy(self.trie.order).to(scores.device)
-            masses = scores[:, order].double().exp().cpu().numpy()
-            if not np.isfinite(masses).all():
-                raise RunError("the teacher's logits are not finite", "try it in float32")
-            for context, row in zip(contexts, masses, strict=True):
-                context.masses, context.specials = row, max(0.0, 1.0 - float(row.sum()))
-        return contexts
+    def run(self) -> Iterator[list[Context]]:
+        """Go through the text; yields contexts that have to be scored before it can go on."""
+        hypotheses = [Hypothesis(Context(tuple(self.bos)), ROOT, 1.0)]
+        yield from self._asking(hypotheses)
+        for place in range(len(self.text)):
+            hypotheses, dropped = self.survivors(hypotheses, place)
+            yield from self._asking(hypotheses)
+            self.rows[place] = self.distribution([*hypotheses, *dropped])
+            moved = self.advanced(hypotheses, place)
+            if not moved:
+                healed = self.healed(hypotheses, place)
+                yield from self._asking(healed)
+                moved = self.rescaled(healed)
+            if not moved:
+                break
+            hypotheses = moved
+
+    def _asking(self, hypotheses: Sequence[Hypothesis]) -> Iterator[list[Context]]:
+        self.contexts = [one.context for one in hypotheses]
+        if unscored := [context for context in self.contexts if not len(context.masses)]:
+            yield unscored
 
     def following(self, context: Context, node: int) -> Floats:
         """Masses of the node's children under the context."""
@@ -133,8 +161,13 @@ class _Beam:
         starts = self.trie.low[begin:end] - first
         return np.add.reduceat(context.masses[first:last], starts)
 
-    def survivors(self, hypotheses: list[Hypothesis], place: int) -> list[Hypothesis]:
-        """Each hypothesis goes on in its token or, where the bytes are one, ends it; then prune."""
+    def survivors(
+        self, hypotheses: list[Hypothesis], place: int
+    ) -> tuple[list[Hypothesis], list[Hypothesis]]:
+        """Each hypothesis goes on in its token or, where the bytes are one, ends it; then prune.
+
+        The second list has those of the pruned whose next byte is known without a model call.
+        """
         candidates = []
         for context, node, weight in hypotheses:
             longer = weight * float(self.following(context, node).sum())
@@ -146,9 +179,8 @@ class _Beam:
         candidates.sort(key=lambda candidate: -candidate[0])
         least = self.prune * sum(mass for mass, _ in candidates)
         kept = [one for mass, one in candidates[: self.width] if mass > 0 and mass >= least]
-        self.scorer.keep([one.context for one in kept])
-        self.scored([one.context for one in kept if not len(one.context.masses)])
-        return kept
+        dropped = [one for _, one in candidates[len(kept) :] if len(one.context.masses)]
+        return kept, dropped
 
     def distribution(self, hypotheses: list[Hypothesis]) -> Floats:
         """The next byte, or the end, over all hypotheses: [257]."""
@@ -161,15 +193,20 @@ class _Beam:
         return row / total if total > 0 else row
 
     def advanced(self, hypotheses: list[Hypothesis], place: int) -> list[Hypothesis]:
-        """Those that can take the byte at `place`, one node further down; weights rescaled."""
-        moved, total = [], 0.0
+        """Those that can take the byte at `place`, one node further down."""
+        moved = []
         for context, node, weight in hypotheses:
             begin, end = self.trie.first_child[node : node + 2]
             child = int(begin + np.searchsorted(self.trie.byte[begin:end], self.text[place]))
             if child < end and self.trie.byte[child] == self.text[place]:
-                total += weight * self._mass(context, child)
                 moved.append(Hypothesis(context, child, weight))
-        return [one._replace(weight=one.weight / total) for one in moved] if total > 0 else []
+        return self.rescaled(moved)
+
+    def rescaled(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+        """The same, with 1 as the probability of all together; none where it is 0."""
+        low, high = self.trie.low, self.trie.high
+        total = sum(w * float(c.masses[low[n] : high[n]].sum()) for c, n, w in hypotheses)
+        return [one._replace(weight=one.weight / total) for one in hypotheses] if total > 0 else []
 
     def healed(self, hypotheses: list[Hypothesis], place: int) -> list[Hypothesis]:
         """One hypothesis over all bytes up to `place`, from the longest context of the beam."""
@@ -184,13 +221,7 @@ class _Beam:
                 return []
             tokens.append(token)
             at += length
-        context = anchor.context.extended(tokens, at)
-        self.scored([context])
-        mass = self._mass(context, node)
-        return [Hypothesis(context, node, 1 / mass)] if mass > 0 else []
-
-    def _mass(self, context: Context, node: int) -> float:
-        return float(context.masses[self.trie.low[node] : self.trie.high[node]].sum())
+        return [Hypothesis(anchor.context.extended(tokens, at), node, 1.0)]
 
     def _longest_token(self, begin: int, end: int) -> tuple[int, int]:
         """(bytes, id) of the longest token that the text has at `begin`; (0, -1) for none."""
@@ -207,11 +238,11 @@ class Scorer:
     def __init__(self, function: LogProbabilities) -> None:
         self.function = function
 
-    def log_probabilities(self, contexts: list[Context]) -> Tensor:
+    def log_probabilities(self, contexts: Sequence[Context]) -> Tensor:
         """[contexts, V]."""
         return self.function([context.tokens for context in contexts])
 
-    def keep(self, contexts: list[Context]) -> None:
+    def keep(self, contexts: Sequence[Context]) -> None:
         """No other context than these will be extended; nothing to forget here."""
 
 
@@ -227,7 +258,7 @@ class TreeScorer(Scorer):
         self.length = 0
 
     @torch.no_grad()
-    def log_probabilities(self, contexts: list[Context]) -> Tensor:
+    def log_probabilities(self, contexts: Sequence[Context]) -> Tensor:
         """[contexts, V]; one forward over all tokens that are not in the cache."""
         tokens: list[int] = []
         depths: list[int] = []
@@ -252,7 +283,7 @@ class TreeScorer(Scorer):
         scores: Tensor = output.logits[0, ends, : self.size].float().log_softmax(-1)
         return scores
 
-    def keep(self, contexts: list[Context]) -> None:
+    def keep(self, contexts: Sequence[Context]) -> None:
         """Drop the cache entries of all other contexts, once they are the greater part."""
         kept = np.unique(np.concatenate([np.zeros(0, int), *(one.slots for one in contexts)]))
         if self.length <= 2 * len(kept) + SPARE_SLOTS:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctdbench import atomic
+from ctdbench.distill.processes import share, whole
 from ctdbench.distill.references import fingerprint
 from ctdbench.errors import RunError
 
@@ -21,17 +22,26 @@ KEPT = 2  # the newest may turn out damaged
 
 
 def save(
-    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    writes: bool = True,
 ) -> None:
     """Write `folder/step-N`, then remove all but the newest two checkpoints.
 
     Holds every trained parameter, AdamW's moments and `state`, whose "step" is N; a reader sees it
-    whole or not. Raises RunError where the disk is full.
+    whole or not. All processes call it, for they may hold shares of parameters; `writes` is true in
+    the one that writes. Raises RunError where the disk is full.
     """
+    tensors = _tensors(network, optimizer, kept=writes)
+    if not writes:
+        return
     target = folder / f"step-{state['step']:07d}"
     shutil.rmtree(target, ignore_errors=True)  # one that could not be read
     with atomic.new_folder(target) as temporary:
-        save_file(_tensors(network, optimizer), temporary / TENSORS)
+        save_file(tensors, temporary / TENSORS)
         sums = {TENSORS: fingerprint(temporary / TENSORS)}
         text = json.dumps({"sha256": sums, "state": state})
         (temporary / STATE).write_text(text, encoding="utf-8")
@@ -78,13 +88,18 @@ def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
-def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(
+    network: nn.Module, optimizer: torch.optim.Optimizer, *, kept: bool
+) -> dict[str, Tensor]:
+    """What a checkpoint holds; where it is not kept, nothing, but this process gives its shares."""
     tensors = {}
     for name, parameter in _trained(network).items():
-        tensors[f"parameter:{name}"] = parameter.detach().contiguous()
-        for key in MOMENTS:
-            if key in optimizer.state[parameter]:
-                tensors[f"{key}:{name}"] = optimizer.state[parameter][key].contiguous()
+        moments = optimizer.state[parameter]
+        found = {"parameter": parameter.detach()} | {k: moments[k] for k in MOMENTS if k in moments}
+        for key, tensor in found.items():
+            gathered = whole(tensor)
+            if kept:
+                tensors[f"{key}:{name}"] = gathered.to("cpu").contiguous()
     return tensors
 
 
@@ -97,9 +112,9 @@ def _restore(
     if stored != shapes:
         raise ValueError("it is of another network")
     for name, parameter in _trained(network).items():
-        parameter.copy_(tensors[f"parameter:{name}"])
+        parameter.copy_(share(tensors[f"parameter:{name}"], parameter))
+        moments = {key: tensors[f"{key}:{name}"] for key in MOMENTS if f"{key}:{name}" in tensors}
         optimizer.state[parameter] = {
-            key: tensors[f"{key}:{name}"].to("cpu" if key == "step" else parameter.device)
-            for key in MOMENTS
-            if f"{key}:{name}" in tensors
+            key: tensor if key == "step" else share(tensor, parameter)
+            for key, tensor in moments.items()
         }

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the file's format, and of how documents are rendered and aligned
 ARRAYS, DIGEST = "documents.arrow", "sha256"
+WORKERS = "CTDBENCH_WORKERS"  # in the environment: the processes of a run that states none
 LONG_TEXT = 32_000_000  # characters; for less, the tokenizers' own threads do as well
 
 _renderers: Sequence[Renderer] = ()  # of a worker process
@@ -50,7 +51,7 @@ def cached_examples(
 ) -> tuple[list[Example], dict[str, int]]:
     """`build_examples` with its arrays on disk, where they are kept by content.
 
-    workers: processes for a long text; default: one a core.
+    workers: processes for a long text; default: one a core, or what a launcher shares out.
     """
     if not documents:
         return [], {}
@@ -109,6 +110,10 @@ def _encoded(
 
 
 def _cores() -> int:
+    """This run's share of them, where a launcher runs several."""
+    share = os.environ.get(WORKERS, "")
+    if share.isdigit() and int(share):
+        return int(share)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -68,7 +68,7 @@ def inspect_pair(
 
 def tokenizer_sides(pair: PairSpec) -> list[Side]:
     """The student's and the teachers', without models."""
-    return [_tokenizer_side(spec) for spec in (pair.student, *pair.teachers)]
+    return [tokenizer_side(spec) for spec in (pair.student, *pair.teachers)]
 
 
 def _tokenizer(spec: ModelSpec) -> str:
@@ -76,7 +76,7 @@ def _tokenizer(spec: ModelSpec) -> str:
     return spec.tokenizer or spec.model
 
 
-def _tokenizer_side(spec: ModelSpec) -> Side:
+def tokenizer_side(spec: ModelSpec) -> Side:
     """A side without a model: alignment and tables ask for none."""
     tokenizer = models.load_tokenizer(_tokenizer(spec))
     return Side(None, tokenizer, TokenBytes(tokenizer), Specials.of(tokenizer))

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctdbench import atomic
 from ctdbench.cache import cache_dir
 from ctdbench.distill import references, tiny, tokenizers
 from ctdbench.distill.references import Reference
 from ctdbench.distill.tokenizers import Specials
-from ctdbench.distill.transplant import has_subwords, transplant
+from ctdbench.distill.transplant import transplant
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import Lora, ModelSpec
 from ctdbench.text.token_bytes import TokenBytes
@@ -106,7 +106,7 @@ def _cached_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:
 
 def _derived_name(path: Path) -> str:
     """The version of this code is in it, so that no old conversion hides a corrected one."""
-    return f"{path.name}-{references.fingerprint(path)[:16]}-{CONVERSION_VERSION}"
+    return f"{path.name}-{references.known_fingerprint(path)[:16]}-{CONVERSION_VERSION}"
 
 
 def _tiny_folder(source: Reference) -> Path:
@@ -249,24 +249,15 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def save(side: Side, folder: Path) -> None:
-    """Model and tokenizer as `AutoModelForCausalLM.from_pretrained` reads them.
-
-    Raises UserError for a model with sub-words: what they add depends on several bytes, so no table
-    of an ordinary model can hold it, and without it the model would be another one.
-    """
-    if has_subwords(base_model(side.model)):
-        raise UserError(
-            "student.add_subwords: no ordinary model can hold the sub-words, so it is not saved",
-            "train without add_subwords to save",
-        )
-    merged(side.model).save_pretrained(folder)
-    side.tokenizer.save_pretrained(folder)
-
-
 def base_model(model: Any) -> Any:
     """The transformers model inside a peft wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The layers of the body, first to last."""
+    parts = base_model(model).get_decoder().children()
+    return list(next((part for part in parts if isinstance(part, nn.ModuleList)), ()))
 
 
 def hidden_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

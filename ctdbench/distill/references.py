@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
@@ -129,14 +130,14 @@ def wheel_file(reference: Reference) -> Path:
 def content(reference: Reference) -> str:
     """What identifies the bytes behind a reference: a SHA-256, or the hub's commit."""
     if reference.kind == "wheel":
-        return fingerprint(wheel_file(reference))
+        return known_fingerprint(wheel_file(reference))
     if reference.kind == "dir":
         digest = hashlib.sha256()
         for path in sorted(path for path in folder(reference).iterdir() if path.is_file()):
-            digest.update(f"{path.name}\0{fingerprint(path)}\0".encode())
+            digest.update(f"{path.name}\0{known_fingerprint(path)}\0".encode())
         return digest.hexdigest()
     if reference.kind == "tiny":
-        return f"{reference.name}-{fingerprint(PROMPTS)}"
+        return f"{reference.name}-{known_fingerprint(PROMPTS)}"
     if reference.kind == "bytes":
         return reference.text
     return _hub_commit(reference)
@@ -146,6 +147,20 @@ def fingerprint(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def known_fingerprint(path: Path) -> str:
+    """`fingerprint`, for which a file is read again only if its size or its time has changed.
+
+    For what cells are made of, which a grid asks for once a cell; not for finding damage.
+    """
+    found = path.stat()
+    return _fingerprint_as_of(path.absolute(), found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _fingerprint_as_of(path: Path, time: int, size: int) -> str:
+    return fingerprint(path)
 
 
 def _files(distribution: str) -> list[Path] | None:

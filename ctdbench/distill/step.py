@@ -4,6 +4,7 @@ No [tokens x vocabulary] tensor is ever whole. The body runs forward once; then,
 head gives logits for both sides, the method its terms, and `autograd.grad` their gradient with
 respect to (states, head, extra modules). One backward through the wrapped network closes the step,
 which is what lets DDP and FSDP2 synchronise: a backward per block would not.
+Under FSDP2 processes meet at every layer, so all of them run equally many micro-batches.
 
 A loss is a sum over its count in the *global* batch. Counts follow from tokens and chunks alone, so
 they are known, over all micro-batches and processes, before the first gradient is taken. Balancing
@@ -24,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ctdbench.distill import balance
+from ctdbench.distill import balance, processes
 from ctdbench.distill.batches import Batch
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
@@ -117,7 +118,8 @@ class Step:
         self.block_rows = block_rows
         self.balancing = balancing
         self._terms = _compiled(method.terms) if compiled else method.terms
-        self._layer = balance.last_layer(self.network.model) if balancing == "gradmag" else []
+        if balancing == "gradmag":
+            balance.last_layer(self.network.model)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -135,12 +137,15 @@ class Step:
         idle: this process has no document of the batch; it runs along on a borrowed one whose
         loss does not count. Raises RunError for a loss that is not finite.
         """
+        processes.gather(self.network)
         views = [self._views(batch, idle=idle) for batch in batches]
+        views += [self._views(batches[0], idle=True) for _ in range(self._missing(len(batches)))]
         counts = self._known_in_advance([view for group in views for view in group])
         sums = _Sums()
         if self.balancing == "fixed":
             weights = {name: self._weight(name) for name in counts}
             for index, group in enumerate(views):
+                processes.gather(self.network)
                 with self._sync(index == len(views) - 1):
                     parts = self._stream(group, counts, sums, self._no_head(), weights)
                     self._backward([parts], {ALL: 1.0})
@@ -161,10 +166,20 @@ class Step:
         return self._report(counts, sums, weights)
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are averaged over processes with the last micro-batch only."""
-        if last:
+        """Gradients are averaged over processes with the last micro-batch only.
+
+        With every one where they are sharded: a whole gradient is what FSDP2 has no room for.
+        """
+        if last or processes.is_sharded(self.network):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
+
+    def _missing(self, own: int) -> int:
+        """How many micro-batches another process has more, where that matters."""
+        if not processes.is_sharded(self.network):
+            return 0
+        counts = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device))
+        return int(counts.max()) - own
 
     def _views(self, batch: Batch, *, idle: bool) -> list[View]:
         laid = (batch, *batch.others)
@@ -381,22 +396,21 @@ class Step:
 
     def _norms(self, names: Iterable[str], parts: Sequence[_Gradients]) -> dict[str, float]:
         """Norm of each term's gradient over the global batch on the last layer's parameters."""
-        processes = self.accelerator.num_processes
+        size, layer = self.accelerator.num_processes, balance.last_layer(self.network.model)
         norms = {}
         for name in names:
             surrogate = torch.stack([part.surrogate({name: 1.0}) for part in parts]).sum()
-            found = torch.autograd.grad(
-                surrogate, self._layer, retain_graph=True, allow_unused=True
-            )
+            with processes.kept_whole(self.network):
+                found = torch.autograd.grad(surrogate, layer, retain_graph=True, allow_unused=True)
             flat = torch.cat(
                 [
                     (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
-                    for parameter, gradient in zip(self._layer, found, strict=True)
+                    for parameter, gradient in zip(layer, found, strict=True)
                 ]
             )
-            if processes > 1:
+            if size > 1:
                 flat = self.accelerator.reduce(flat, reduction="sum")
-            norms[name] = float(flat.norm()) / processes
+            norms[name] = float(flat.norm()) / size
         return norms
 
     # --- the report ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -73,9 +74,7 @@ class Teacher:
         rows, or fewer, have their probabilities at a time.
         """
         if hidden is None:
-            return torch.cat([self._beam(text) for text in batch.texts]).to(
-                batch.student.ids.device
-            )
+            return torch.cat(self._beam(batch.texts)).to(batch.student.ids.device)
         side = batch.teacher
         # A template's token ends for sure, whatever bytes it has: `mixed` must not lengthen it.
         in_text = (side.byte_end > side.byte_start) | (side.chunk >= 0)
@@ -104,19 +103,25 @@ class Teacher:
             out[place[row] + offset] = found
         return out
 
-    def _beam(self, text: bytes) -> Tensor:
-        """The paper's beam for one document, computed once and cached by content."""
-        key = hashlib.sha256(b"\0".join([b"beam-1", self.identity.encode(), text])).hexdigest()
-        path = cache_dir() / "beam" / f"{key}.safetensors"
-        if path.is_file():
-            return load_file(path)["bytes"]
+    def _beam(self, texts: Sequence[bytes]) -> list[Tensor]:
+        """The paper's beam for every document, computed once and cached by content."""
+        keys = [b"\0".join([b"beam-1", self.identity.encode(), text]) for text in texts]
+        names = [f"{hashlib.sha256(key).hexdigest()}.safetensors" for key in keys]
+        paths = [cache_dir() / "beam" / name for name in names]
+        missing = {
+            path: text for path, text in zip(paths, texts, strict=True) if not path.is_file()
+        }
+        if missing:
+            for path, rows in zip(missing, self._new_beam([*missing.values()]), strict=True):
+                with atomic.new_file(path) as temporary:
+                    save_file({"bytes": rows}, temporary)
+        return [load_file(path)["bytes"] for path in paths]
+
+    def _new_beam(self, texts: Sequence[bytes]) -> list[Tensor]:
         bos = self.side.specials.bos
         if bos is None:
             raise UserError(
                 "method.bytes: beam needs a teacher whose tokenizer has a BOS token",
                 "use method.bytes=mixed",
             )
-        rows = beam_distributions(self.side.model, self.trie, text, [bos])
-        with atomic.new_file(path) as temporary:
-            save_file({"bytes": rows}, temporary)
-        return rows
+        return beam_distributions(self.side.model, self.trie, texts, [bos])

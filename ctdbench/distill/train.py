@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,19 +15,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ctdbench import atomic
-from ctdbench.distill import checkpoint
+from ctdbench.distill import checkpoint, processes
 from ctdbench.distill.batches import Batch, collate, micro_batches
 from ctdbench.distill.examples import Example
+from ctdbench.distill.metrics_file import MetricsFile
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.setting import Setting, balancing, build_network, derived_seed, record
 from ctdbench.distill.sources import OnPolicy, training_examples
 from ctdbench.distill.step import Step, StepReport
 from ctdbench.distill.teacher_cache import store_states
 from ctdbench.distill.termination import deferred_sigterm
+from ctdbench.distill.tracking import tracked
 from ctdbench.distill.view import Network
 from ctdbench.errors import RunError, Terminated, UserError
-from ctdbench.results import CHECKPOINTS, METRICS, write_jsonl_atomic
+from ctdbench.results import CHECKPOINTS, METRICS
 from ctdbench.spec import RunSpec
 
 Score = Callable[[nn.Module], Mapping[str, float]]  # a student on the way -> its scores, by name
@@ -106,9 +105,10 @@ def train(
     batches = list(_global_batches(examples, spec.train.batch_documents))
     network, optimizer = build_network(spec, setting)
     network.to(accelerator.device).eval()  # no dropout: a resumed run ends in the same numbers
+    wrapped, whole = processes.wrap(network, optimizer, accelerator)
     done = Progress(**(checkpoint.load(folder / CHECKPOINTS, network, optimizer) or {}))
     step = Step(
-        accelerator.prepare(network),
+        wrapped,
         setting.teacher,
         setting.method,
         setting.tables,
@@ -120,15 +120,21 @@ def train(
         balancing=balancing(spec, setting.method),
         compiled=spec.train.compile,
     )
+    if step.reduced({"step": float(done.step)})["step"] != done.step * accelerator.num_processes:
+        raise RunError(
+            f"the processes find different checkpoints under {folder}",
+            "put --store where all machines see it",
+        )
     writer = OnPolicy.of(spec, setting.student, network.model, teachers, accelerator.device)
-    loop = _Loop(spec, setting, step, optimizer, folder, done, len(batches), writer, score)
-    loop.run(batches, progress=progress and accelerator.is_main_process)
+    loop = _Loop(spec, setting, step, optimizer, whole, folder, done, len(batches), writer, score)
+    with tracked(accelerator, spec, folder, done.step):
+        loop.run(batches, progress=progress and accelerator.is_main_process)
     sample = [batch for example in examples[:8] for batch in loop.batches([example])]
     report = _report(done, setting, network, skipped)
     report = replace(
         report, prepare_seconds=prepared - started, processes=accelerator.num_processes
     )
-    return network, replace(report, setup=record(spec, setting, sample, accelerator.device))
+    return whole(), replace(report, setup=record(spec, setting, sample, accelerator.device))
 
 
 class _Loop:
@@ -140,6 +146,7 @@ class _Loop:
         setting: Setting,
         step: Step,
         optimizer: torch.optim.Optimizer,
+        whole: Callable[[], Network],
         folder: Path,
         done: Progress,
         steps: int,
@@ -147,11 +154,11 @@ class _Loop:
         score: Score | None,
     ) -> None:
         self.spec, self.setting, self.step, self.optimizer = spec, setting, step, optimizer
-        self.writer, self.score = writer, score
+        self.writer, self.score, self.whole = writer, score, whole
         self.folder, self.done, self.steps = folder, done, steps
         self.accelerator = step.accelerator
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.metrics = _Metrics(folder / METRICS, done.step, self.accelerator.is_main_process)
+        self.metrics = MetricsFile(folder / METRICS, done.step, self.accelerator.is_main_process)
 
     def run(self, batches: Sequence[list[Example]], *, progress: bool) -> None:
         from tqdm import tqdm
@@ -172,7 +179,10 @@ class _Loop:
                 with self._naming(examples):
                     values = self._optimise(examples)
                 counters = {name: getattr(self.done, name) for name in COUNTED}
-                self.metrics.write({**counters, **values, **self._scores()})
+                values = {**counters, **values, **self._scores()}
+                self.metrics.write(values)
+                del values["step"]  # trackers have a place of their own for it
+                self.accelerator.log(values, step=self.done.step)
                 bar.update(self.done.student_tokens - before)
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 self._checkpoint(stop=was_asked_to_stop())
@@ -181,8 +191,8 @@ class _Loop:
         started = time.monotonic()
         # What a method draws at random depends on the step alone, so a resumed run draws the same.
         torch.manual_seed(derived_seed("step", self.spec.seed, self.done.step))
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine, written = self.writer.examples(examples[rank::processes], self.done.step)
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        mine, written = self._written(examples[rank::size])
         # A process without a document borrows one and is idle.
         report = self.step.gradients(self.batches(mine or examples[:1]), idle=not mine)
         self._clip()
@@ -196,6 +206,14 @@ class _Loop:
         self.done.seconds += time.monotonic() - started
         return {"loss": report.loss, **report.terms, **self._moving_weights(report)}
 
+    def _written(self, mine: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
+        """Documents with what the student writes in their place, where the run is on-policy."""
+        writer = self.writer
+        if self.spec.train.on_policy:
+            student = replace(writer.student, model=self.whole().model)
+            writer = replace(writer, student=student)
+        return writer.examples(mine, self.done.step)
+
     def _scores(self) -> Mapping[str, float]:
         """Of the student where it stands, at a point before the end; not part of the cost."""
         points, step = self.spec.eval.points, self.done.step
@@ -203,8 +221,8 @@ class _Loop:
         if self.score is None or step not in due - {self.steps}:
             return {}
         self.done.peak_memory_bytes = max(self.done.peak_memory_bytes, peak_memory())
-        main = self.accelerator.is_main_process
-        found = self.score(self.step.network.model) if main else {}
+        student, main = self.whole().model, self.accelerator.is_main_process
+        found = self.score(student) if main else {}
         self.accelerator.wait_for_everyone()
         reset_peak_memory()
         return found
@@ -231,7 +249,7 @@ class _Loop:
     def _clip(self) -> None:
         """Clip the student as a whole and every extra module by itself."""
         for part in (self.step.network.model, *self.step.network.extra.values()):
-            norm = torch.nn.utils.clip_grad_norm_(part.parameters(), self.spec.train.clip)
+            norm = processes.clip(list(part.parameters()), self.spec.train.clip)
             if not torch.isfinite(norm):
                 raise RunError("the gradient is not finite", "lower train.learning_rate")
 
@@ -248,10 +266,14 @@ class _Loop:
         stop = self.step.reduced({"stop": float(stop)})["stop"] > 0  # all processes, or none
         every, step = self.spec.train.checkpoint_every, self.done.step
         if stop or (every and (step % every == 0 or step == self.steps)):
-            if self.accelerator.is_main_process:
-                self.metrics.flush()
-                folder = self.folder / CHECKPOINTS
-                checkpoint.save(folder, self.step.network, self.optimizer, asdict(self.done))
+            self.metrics.flush()
+            checkpoint.save(
+                self.folder / CHECKPOINTS,
+                self.step.network,
+                self.optimizer,
+                asdict(self.done),
+                writes=self.accelerator.is_main_process,
+            )
             self.accelerator.wait_for_everyone()
         if stop:
             raise Terminated(
@@ -277,38 +299,6 @@ class _Loop:
                 f"method {self.spec.method}: {told}, at step {self.done.step + 1} on documents "
                 f"{first} to {first + len(texts) - 1} in their order ({shown})",
                 hint,
-            ) from error
-
-
-class _Metrics:
-    """metrics.jsonl, one line a step; lines past the checkpoint resumed from are dropped."""
-
-    def __init__(self, path: Path, step: int, active: bool) -> None:
-        self.path = path
-        self.active = active
-        if active:
-            write_jsonl_atomic(path, self._until(step))
-
-    def write(self, values: dict[str, Any]) -> None:
-        if self.active:
-            with atomic.writing(self.path), self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values) + "\n")
-
-    def flush(self) -> None:
-        """No checkpoint may outlive a power cut that the lines before it do not."""
-        with self.path.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-    def _until(self, step: int) -> list[dict[str, Any]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if step else []
-            if len(lines) < step:
-                raise ValueError(f"it has {len(lines)} lines, the checkpoint is of step {step}")
-            return list(map(json.loads, lines[:step]))
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{self.path} does not belong to its checkpoint ({error})",
-                f"delete {self.path.parent} to compute the cell again",
             ) from error
 
 

@@ -17,6 +17,7 @@ from ctdbench.evaluate.catalog import (
 )
 from ctdbench.evaluate.overlap import Overlap, shared_ngrams, task_texts
 from ctdbench.evaluate.runner import Evaluation, EvaluationRequest, evaluate
+from ctdbench.evaluate.task_files import task_name
 
 __all__ = [
     "Evaluation",
@@ -29,5 +30,6 @@ __all__ = [
     "on_running_text",
     "shared_ngrams",
     "task_content",
+    "task_name",
     "task_texts",
 ]

@@ -1,7 +1,6 @@
 """Which tasks there are and whether their data can be had; reads YAML only and runs no task code.
 
-A task file's `!function` entries run Python when the task is evaluated, so a folder of task files
-is trusted like a plugin. Listing and checking them is safe: such entries are read as plain text.
+extra_tasks: files of tasks that are not the project's.
 """
 
 from __future__ import annotations
@@ -10,21 +9,27 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ctdbench.errors import PreflightError, UserError
+from ctdbench.evaluate.hub_data import commits
+from ctdbench.evaluate.task_files import (
+    LOCAL_BUILDERS,
+    Config,
+    code_files,
+    leaf_configs,
+    local_data,
+    task_configs,
+    task_files,
+)
 
 Needs = Literal["data", "heldout", "teacher", "nothing"]
-Config = dict[str, Any]
 HUB_TIMEOUT_SECONDS = 5
 FROM_PYTHON = ("bpb_pydoc", "teacher_jsd_pydoc")  # on Python's own language reference
-LOCAL_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
 
 
 @dataclass(frozen=True)
@@ -70,21 +75,21 @@ TEACHER_TASKS = {
 }
 
 
-def available_tasks(extra_task_dirs: Iterable[Path] = ()) -> list[TaskInfo]:
-    """All tasks by name: the project's, those of `extra_task_dirs`, and the teacher measures."""
-    configs = task_configs(extra_task_dirs)
+def available_tasks(extra_tasks: Iterable[Path] = ()) -> list[TaskInfo]:
+    """All tasks by name: the project's, the extra ones, and the teacher measures."""
+    configs = task_configs(extra_tasks)
     listed = [_info(name, configs) for name in configs]
     return sorted([*listed, *TEACHER_TASKS.values()], key=lambda info: info.name)
 
 
-def on_running_text(names: Sequence[str], extra_task_dirs: Iterable[Path] = ()) -> list[str]:
+def on_running_text(names: Sequence[str], extra_tasks: Iterable[Path] = ()) -> list[str]:
     """Those of the tasks that measure text as it is: bits per byte, divergence from the teacher."""
-    kinds = {info.name: info.kind for info in available_tasks(extra_task_dirs)}
+    kinds = {info.name: info.kind for info in available_tasks(extra_tasks)}
     return [name for name in names if kinds[name] in ("loglikelihood_rolling", "teacher_jsd")]
 
 
 def check_tasks(
-    names: Sequence[str], data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+    names: Sequence[str], data_dir: Path | None = None, extra_tasks: Iterable[Path] = ()
 ) -> None:
     """Raise, within seconds and without torch, if a task is unknown or its data cannot be had.
 
@@ -92,7 +97,7 @@ def check_tasks(
     its data set from the hub in any case. Raises UserError for an unknown task or a missing file,
     PreflightError for a data set that is neither in the local cache nor reachable on the hub.
     """
-    known = {info.name: info for info in available_tasks(extra_task_dirs)}
+    known = {info.name: info for info in available_tasks(extra_tasks)}
     for name in names:
         if name not in known:
             raise _unknown(name, known)
@@ -105,14 +110,15 @@ def check_tasks(
 
 
 def task_content(
-    names: Sequence[str], data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+    names: Sequence[str], data_dir: Path | None = None, extra_tasks: Iterable[Path] = ()
 ) -> dict[str, str]:
     """Name -> SHA-256 of what the name stands for: the task's YAML, its local or embedded files.
 
     Part of a cell's identity, and so is the text that comes with this Python. A data set on the hub
-    enters by its name only, the functions that a task calls by the `version` in its YAML.
+    enters by its commit, where that is known. Functions enter by the `version` in the YAML; those
+    that lie beside an extra task, by their code, too.
     """
-    extra = list(extra_task_dirs)
+    extra = list(extra_tasks)
     configs, files = task_configs(extra), task_files(extra)
     content = {}
     for name in dict.fromkeys(names):
@@ -122,86 +128,17 @@ def task_content(
             folder = files[name].parent if metadata.get("embedded") else data_dir
             for file in metadata.get("files", {}).values() if folder is not None else ():
                 state.update((folder / file).read_bytes())
+            for path in local_data(leaf):
+                state.update(path.read_bytes())
+        if data_dir is None and name in configs:
+            state.update("".join(commits(name, configs).values()).encode())
+        if files.get(name) in extra:
+            for path in code_files(files[name]):
+                state.update(path.read_bytes())
         if name in FROM_PYTHON and (topics := find_spec("pydoc_data.topics")) is not None:
             state.update(Path(str(topics.origin)).read_bytes())
         content[name] = state.hexdigest()
     return content
-
-
-def task_dirs(extra_task_dirs: Iterable[Path] = ()) -> list[Path]:
-    """The project's folder of task files, and then the user's, whose names win."""
-    spec = find_spec("ctdbench_tasks")
-    clone = Path(__file__).resolve().parents[2] / "tasks"
-    own = Path(spec.origin).parent if spec is not None and spec.origin else clone
-    if not (own / "__init__.py").is_file():
-        raise PreflightError(
-            "the task files (package ctdbench_tasks) are missing", "pip install -e ."
-        )
-    extra = [Path(folder).expanduser() for folder in extra_task_dirs]
-    for folder in extra:
-        if not folder.is_dir():
-            raise UserError(
-                f"task folder {folder} does not exist", "give a folder of task YAML files"
-            )
-    return [own, *extra]
-
-
-def task_files(extra_task_dirs: Iterable[Path] = ()) -> dict[str, Path]:
-    """Name of every task and group -> its file."""
-    files = {}
-    for folder in task_dirs(extra_task_dirs):
-        for path in sorted(folder.rglob("*.yaml")):
-            config = _read(path)
-            name = config.get("group") or config.get("task")
-            if isinstance(name, str):
-                files[name] = path
-    return files
-
-
-def task_configs(extra_task_dirs: Iterable[Path] = ()) -> dict[str, Config]:
-    """Name of every task and group -> its YAML, includes merged, functions as plain text."""
-    return {name: _read(path) for name, path in task_files(extra_task_dirs).items()}
-
-
-def leaf_configs(name: str, configs: Mapping[str, Config]) -> Iterator[Config]:
-    """The leaf tasks under a task or group, each as the mapping that lm-eval builds it from."""
-    config = configs[name]
-    if "group" not in config:
-        yield config
-        return
-    structure = {"group", "group_alias", "task", "aggregate_metric_list", "metadata"}
-    common = {key: value for key, value in config.items() if key not in structure}
-    for member in config["task"]:
-        if isinstance(member, str) and member in configs:
-            yield from leaf_configs(member, configs)
-        elif isinstance(member, dict) and "task" in member:
-            yield {**common, **configs.get(member["task"], {}), **member}
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """SafeLoader, where it can in C, that reads lm-eval's `!function` as the text behind it."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-
-
-def _read(path: Path, including: tuple[Path, ...] = ()) -> Config:
-    if path in including:
-        raise UserError(f"task file {path} includes itself", "remove the include")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"task file {path} cannot be read: {reason}", "check its YAML") from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"task file {path} is not a mapping", "a task file starts with `task: NAME`"
-        )
-    merged: Config = {}
-    included = config.pop("include", [])
-    for name in [included] if isinstance(included, str) else included:
-        merged |= _read((path.parent / name).resolve(), (*including, path))
-    return merged | config
 
 
 def _canonical(config: Any) -> bytes:

@@ -63,6 +63,7 @@ class PinnedLM(HFLM):
             mixed_precision_dtype=torch.bfloat16 if bfloat16 else None,
         )
         self._columns = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.max_gen_toks_given: int | None = None  # to the last answer generated
 
     def tok_encode(
         self,
@@ -130,7 +131,8 @@ class PinnedLM(HFLM):
     def _with_budget(self, request: Instance, scale: float) -> Instance:
         context, options = request.args
         tokens = math.ceil(scale * options.get("max_gen_toks", DEFAULT_GENERATED_TOKENS))
-        budget = {**options, "max_gen_toks": max(1, min(tokens, self.max_length // 2))}
+        self.max_gen_toks_given = max(1, min(tokens, self.max_length // 2))
+        budget = {**options, "max_gen_toks": self.max_gen_toks_given}
         return dataclasses.replace(request, arguments=(context, budget))
 
     def _loglikelihood_tokens(
@@ -206,14 +208,19 @@ class PinnedLM(HFLM):
         return cache
 
 
+def greedy(tokenizer: Any) -> GenerationConfig:
+    """The generation settings of every model that is compared."""
+    return GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
+    )
+
+
 @contextmanager
 def undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
     """Evaluation mode and plain greedy decoding inside; the model's own settings again outside."""
     training, settings = model.training, getattr(model, "generation_config", None)
     model.eval()
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
-    )
+    model.generation_config = greedy(tokenizer)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctdbench.evaluate.catalog import leaf_configs, task_configs, task_files
+from ctdbench.evaluate.loading import task_rows
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
@@ -53,42 +53,14 @@ def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
 
 
 def task_texts(
-    task: str, data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
+    task: str, data_dir: Path | None = None, extra_tasks: Iterable[Path] = ()
 ) -> list[str]:
     """The text of every evaluated item of a task or group: question, choices and answer together.
 
     Loads the data (local files or hub) and runs the task files' Python. The teacher measures and
     `bpb_heldout` have no items of their own: [].
     """
-    return [_text(row) for row in task_rows(task, data_dir, extra_task_dirs)]
-
-
-def task_rows(
-    task: str, data_dir: Path | None = None, extra_task_dirs: Iterable[Path] = ()
-) -> list[dict[str, Any]]:
-    """The rows of the split that a task evaluates, in the hub's schema; see `task_texts`."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    extra = list(extra_task_dirs)
-    files, configs = task_files(extra), task_configs(extra)
-    if task not in files or configs[task].get("metadata", {}).get("needs") == "heldout":
-        return []
-    rows: list[dict[str, Any]] = []
-    needed = {task, *(leaf["task"] for leaf in leaf_configs(task, configs))} & files.keys()
-    resolved = configs | {name: load_yaml(files[name]) for name in needed}
-    for leaf in leaf_configs(task, resolved):
-        splits = _load(leaf, data_dir)
-        rows += splits[leaf.get("test_split") or leaf["validation_split"]]
-    return rows
-
-
-def _load(leaf: dict[str, Any], data_dir: Path | None) -> Any:
-    from datasets import load_dataset
-
-    arguments = leaf.get("dataset_kwargs") or {}
-    if callable(leaf.get("custom_dataset")):
-        return leaf["custom_dataset"](**{**leaf["metadata"], "data_dir": data_dir}, **arguments)
-    return load_dataset(leaf["dataset_path"], leaf.get("dataset_name"), **arguments)
+    return [_text(row) for row in task_rows(task, data_dir, extra_tasks)]
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -18,10 +18,10 @@ from ctdbench.evaluate.catalog import (
     TaskInfo,
     available_tasks,
     check_tasks,
-    task_configs,
-    task_dirs,
 )
-from ctdbench.evaluate.overlap import task_rows
+from ctdbench.evaluate.hub_data import commits
+from ctdbench.evaluate.loading import load_tasks, task_rows
+from ctdbench.evaluate.task_files import task_configs
 
 Precision = Literal["float32", "bfloat16"]
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -41,7 +41,7 @@ class EvaluationRequest:
     heldout: the corpus's held-out documents, for `bpb_heldout` and `teacher_jsd`.
     data_dir: folder of original data files; None takes data sets from the hub.
     batch_size moves log-likelihoods by about 1e-4, so it is part of a result's identity.
-    extra_task_dirs: folders of task files, whose Python is run.
+    extra_tasks: files of tasks that are not the project's; their Python is run.
     """
 
     student: Any
@@ -55,7 +55,7 @@ class EvaluationRequest:
     data_dir: Path | None = None
     heldout: Sequence[str] = ()
     precision: Precision = "float32"
-    extra_task_dirs: Sequence[Path] = ()
+    extra_tasks: Sequence[Path] = ()
 
     def limit_of(self, task: str) -> int | None:
         """At most how many items of this task; None for all."""
@@ -115,8 +115,8 @@ def _checked(request: EvaluationRequest) -> list[TaskInfo]:
     for task in request.tasks:
         if (limit := request.limit_of(task)) is not None and limit < 1:
             raise UserError(f"limit {limit} leaves nothing to evaluate", "give at least 1")
-    check_tasks(request.tasks, request.data_dir, request.extra_task_dirs)
-    known = {info.name: info for info in available_tasks(request.extra_task_dirs)}
+    check_tasks(request.tasks, request.data_dir, request.extra_tasks)
+    known = {info.name: info for info in available_tasks(request.extra_tasks)}
     infos = [known[name] for name in dict.fromkeys(request.tasks)]
     for info in infos:
         if info.needs == "teacher" and not request.teachers:
@@ -131,16 +131,13 @@ def _run_task(
     info: TaskInfo, request: EvaluationRequest
 ) -> tuple[list[outcomes.Row], dict[str, Any]]:
     from lm_eval.evaluator import evaluate as run_lm_eval
-    from lm_eval.tasks import TaskManager
 
     from ctdbench.evaluate.language_model import PinnedLM, undisturbed
 
     metadata: dict[str, Any] = {"data_dir": request.data_dir and str(request.data_dir)}
     if info.needs == "heldout":
         metadata["heldout"] = [text for text in request.heldout if text]
-    folders = [str(folder) for folder in task_dirs(request.extra_task_dirs)]
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    loaded = manager.load([info.name])
+    loaded = load_tasks(info.name, metadata, request.extra_tasks)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     items = request.limit_of(info.name)
@@ -153,7 +150,9 @@ def _run_task(
             bfloat16=request.precision == "bfloat16",
         )
         output = run_lm_eval(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    config = task_configs(request.extra_task_dirs)[info.name]
+    configs = task_configs(request.extra_tasks)
+    config = configs[info.name]
+    read = {} if request.data_dir is not None else commits(info.name, configs)
     own = config.get("metadata") or {}
     by_leaf = {
         name.removeprefix(f"{info.name}::"): outcomes.collect(logged, own.get("weight") == "bytes")
@@ -162,9 +161,12 @@ def _run_task(
     rows = outcomes.group_rows(by_leaf) if info.subsets else next(iter(by_leaf.values()))
     return rows, {
         "version": str(own.get("version", "none")),
+        "metric": info.metric,
         "num_fewshot": int(config.get("num_fewshot") or 0),
         "limit_per_subset" if info.subsets else "limit": limit,
         "data": _source(info, request),
+        **({"commits": read} if read else {}),
+        **({"max_gen_toks": given} if (given := model.max_gen_toks_given) else {}),
     }
 
 

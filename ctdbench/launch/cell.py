@@ -26,11 +26,12 @@ from torch import nn
 from transformers.utils import logging as hf_logging
 
 from ctdbench import registry, results
-from ctdbench.distill import models, references, train
+from ctdbench.distill import models, processes, references, train
 from ctdbench.distill.corpus import Corpus, load_corpus, training_order
 from ctdbench.distill.examples import build_examples
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
+from ctdbench.distill.saving import check_savable
 from ctdbench.distill.setting import Setting, balancing, pair_tables, save_modules
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import Guide
@@ -43,6 +44,7 @@ from ctdbench.evaluate import (
     task_content,
     task_texts,
 )
+from ctdbench.launch import kept
 from ctdbench.launch.lock import exclusive, is_locked
 from ctdbench.launch.provenance import now, provenance, without_private
 from ctdbench.method import create
@@ -52,27 +54,39 @@ ENGINE_VERSION = 1  # raised when a change to the engine changes numbers
 
 
 def run_cell(
-    spec: RunSpec, store: Path, *, data_dir: Path | None = None, progress: bool = True
+    spec: RunSpec,
+    store: Path,
+    *,
+    data_dir: Path | None = None,
+    track: str | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """The cell's result; `was_done` says whether it was there before.
 
-    The baselines `start` and `teacher` are evaluated once a pair and evaluation settings. Raises
-    UserError and its kin, RunError where another process computes the cell; a run that failed after
-    its start leaves a result with status "failed".
+    The baselines `start` and `teacher` are evaluated once a pair and evaluation settings.
+    track: the tracker of accelerate's that gets the metrics, too. Raises UserError and its kin,
+    RunError where another process computes the cell; a run that failed after its start leaves a
+    result with status "failed".
     """
     corpus, notes = decontaminated(load_corpus(spec.train.corpus, data_dir), spec, data_dir)
     cell = Cell(spec, store, corpus, data_dir, notes)
-    found = _finished(cell.folder)
-    if found is not None:
+    found = finished(cell.folder)
+    if found is not None and not kept.is_missing(spec, cell.folder):
         return {**found, "was_done": True}
-    _check(spec, corpus)
+    check(spec, corpus)
     # Autocast is the harness's own. Others wait for as long as the first process evaluates.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[patience],
+        log_with=track,
+        project_dir=cell.folder / results.TRACKING,
+    )
+    processes.check(accelerator)
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     with exclusive(cell.folder) if accelerator.is_main_process else nullcontext():
         (found,) = broadcast_object_list([results.finished(cell.folder)])  # by now, by another one
-        if found is not None:
+        if found is not None and not kept.is_missing(spec, cell.folder):
             return {**found, "was_done": True}
         return {**_compute(cell, accelerator, progress=progress), "was_done": False}
 
@@ -83,6 +97,8 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
     method = create(spec.method, spec.options)
     for teacher in pair.teachers:
         method.check(pair_tables(pair.student, teacher))
+    if spec.train.keep_model:
+        check_savable(pair.student)
     if method.needs.text != "teacher":
         _check_text(cell, pair)
     if accelerator.is_main_process:
@@ -92,7 +108,7 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
     return cell.run(pair, accelerator, progress=progress)
 
 
-def _finished(folder: Path) -> results.Result | None:
+def finished(folder: Path) -> results.Result | None:
     """The result of a cell that is done, rid of what a process killed right after it left."""
     found = results.finished(folder)
     if found is not None and is_locked(folder):
@@ -101,7 +117,7 @@ def _finished(folder: Path) -> results.Result | None:
     return found
 
 
-def _check(spec: RunSpec, corpus: Corpus) -> None:
+def check(spec: RunSpec, corpus: Corpus) -> None:
     """What can be said of a request before the first model is loaded is said now."""
     method = create(spec.method, spec.options)
     balancing(spec, method)
@@ -177,6 +193,7 @@ class Cell:
         """Train, evaluate, write the result; what breaks on the way is recorded and raised."""
         if accelerator.is_main_process:  # of an attempt that failed
             (self.folder / results.RESULT).unlink(missing_ok=True)
+            kept.discard(self.folder)
         try:
             student, cost = self._train(pair, accelerator, progress=progress)
             if accelerator.is_main_process:
@@ -185,7 +202,7 @@ class Cell:
                 self.evaluate(student, pair, cost)
         except Exception as error:
             if accelerator.is_main_process and getattr(error, "exit_code", 1) == 1:
-                self._record_failure(error)
+                self.record_failure(error)
             raise
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -212,7 +229,10 @@ class Cell:
         if accelerator.is_main_process:
             save_modules(self.spec, setting, network, self.folder)
         exported = models.merged(network.model).float().eval()
-        return replace(pair.student, model=exported), asdict(report)
+        student = replace(pair.student, model=exported)
+        if self.spec.train.keep_model and accelerator.is_main_process:
+            kept.keep(student, self.folder)
+        return student, asdict(report)
 
     def _guide(self, pair: LoadedPair, index: int, precision: str) -> Guide:
         """The teacher at `index` with its tables."""
@@ -246,7 +266,7 @@ class Cell:
     def _score(self, model: nn.Module, pair: LoadedPair) -> dict[str, float]:
         """Of a student on the way, "task.metric" -> value."""
         student = replace(pair.student, model=model)
-        tasks = on_running_text(self.spec.eval.tasks)
+        tasks = on_running_text(self.spec.eval.tasks, self.spec.eval.extra_tasks)
         scores = evaluate(self._request(student, pair, tasks)).scores if tasks else {}
         return {f"{task}.{name}": value for task in scores for name, value in scores[task].items()}
 
@@ -264,11 +284,13 @@ class Cell:
             data_dir=self.data_dir,
             heldout=[d.text for d in self.corpus.held_out_part(spec.held_out)],
             precision=spec.precision,
+            extra_tasks=spec.extra_tasks,
         )
 
     def _points(self) -> list[results.Point]:
         """Scores on the way, as training logged them."""
-        path, tasks = self.folder / results.METRICS, on_running_text(self.spec.eval.tasks)
+        path = self.folder / results.METRICS
+        tasks = on_running_text(self.spec.eval.tasks, self.spec.eval.extra_tasks)
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         found: list[results.Point] = []
         for row in map(json.loads, lines):
@@ -277,7 +299,8 @@ class Cell:
                 found.append({"text_bytes": row["text_bytes"], "scores": scores})
         return found
 
-    def _record_failure(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
+        """Write the result of a cell that broke: its reason alone."""
         line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         result = without_private(self._result("failed", [line], {}))
         with suppress(RunError):  # a full disk is what may have broken the run
@@ -305,7 +328,7 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
         update={"method": method, "seed": 0, "options": {}, "train": neutral}
     )
     own = Cell(spec, cell.store, cell.corpus, cell.data_dir, cell.notes)
-    if _finished(own.folder) is not None:
+    if finished(own.folder) is not None:
         return
 
     def wait() -> None:
@@ -330,7 +353,7 @@ def decontaminated(
     train_split = list(corpus.train)
     for task in spec.eval.tasks:
         texts = (document.text for document in train_split)
-        leaked = shared_ngrams(task_texts(task, data_dir), texts).documents
+        leaked = shared_ngrams(task_texts(task, data_dir, spec.eval.extra_tasks), texts).documents
         if leaked:
             notes.append(f"{len(leaked)} training documents left out: a 13-gram of {task}")
             train_split = [d for index, d in enumerate(train_split) if index not in leaked]
@@ -354,7 +377,7 @@ def content(spec: RunSpec, corpus: Corpus, data_dir: Path | None) -> dict[str, s
         named[role] = "+".join(found)
     if not results.is_baseline(spec.method):
         named["method"] = _method_code(spec.method)
-    tasks = task_content(spec.eval.tasks, data_dir)
+    tasks = task_content(spec.eval.tasks, data_dir, spec.eval.extra_tasks)
     return named | {f"task:{name}": digest for name, digest in tasks.items()}
 
 
@@ -364,8 +387,7 @@ def _teacher_name(index: int) -> str:
 
 def _method_code(name: str) -> str:
     info = registry.methods()[name]
-    if info.file is not None:
-        return references.fingerprint(info.file)
-    point = info.entry_point
-    assert point is not None
-    return f"{point.value}@{point.dist.version if point.dist else 'unknown'}"
+    parts = [references.known_fingerprint(info.file)] if info.file is not None else []
+    if (point := info.entry_point) is not None:
+        parts.append(f"{point.value}@{point.dist.version if point.dist else 'unknown'}")
+    return "+".join(parts)

@@ -15,24 +15,26 @@ from ctdbench.distill import references
 from ctdbench.launch.sizes import Size, size_of
 from ctdbench.spec import ModelSpec, RunSpec
 
-BYTES_PER_TOKEN = 3.6  # English, by the tokenizers of the shipped pairs
+# English, by the tokenizers of the shipped pairs.
+BYTES_PER_TOKEN, BYTES_PER_TOKEN_OF = 3.6, {"bytes": 1.0, "tiny": 1.7}
 FLOAT, HALF = 4, 2  # bytes
 KEPT_CHECKPOINTS = 3  # two, and the one that is being written
 PROCESS = 600_000_000  # Python, torch, transformers and lm-eval, before any model
 # Fitted: bytes that a token leaves in a layer for the backward, by channels and by channels of the
 # feed-forward; and how many copies of a block's logits exist at once.
 PER_CHANNEL, PER_FEED_FORWARD, LOGITS = 50, 16, 8
-SAMPLES = 5_000_000  # bytes of disk that a cell keeps when it is done
+SAMPLES = 5_000_000  # bytes of disk that a cell keeps when it is done, its model aside
 
 
 @dataclass(frozen=True)
 class Estimate:
     """flops: of training, as `cost.flops`. memory: bytes, of training. disk: bytes of the store,
-    while it runs; then `SAMPLES`."""
+    while it runs; kept: when it is done."""
 
     flops: float
     memory: int
     disk: int
+    kept: int
 
 
 def estimate(spec: RunSpec, *, taught: bool, on_gpu: bool = False) -> Estimate | None:
@@ -46,10 +48,12 @@ def estimate(spec: RunSpec, *, taught: bool, on_gpu: bool = False) -> Estimate |
     per_step = spec.train.checkpoint_every
     steps = spec.train.budget / (spec.train.batch_documents * spec.train.document_bytes)
     checkpoints = KEPT_CHECKPOINTS if per_step and steps > per_step else 0
+    kept = SAMPLES + spec.train.keep_model * FLOAT * student.parameters
     return Estimate(
         flops=_flops(spec, student, known if taught else []),
         memory=_memory(spec, student, known, taught) + (0 if on_gpu else PROCESS),
-        disk=checkpoints * 3 * FLOAT * trained + SAMPLES,
+        disk=checkpoints * 3 * FLOAT * trained + kept,
+        kept=kept,
     )
 
 
@@ -61,9 +65,9 @@ def conversions(spec: RunSpec) -> int:
 
 def _flops(spec: RunSpec, student: Size, teachers: list[Size]) -> float:
     """6 for each parameter and token of the student, 2 of a teacher (Kaplan et al.)."""
-    own = 6.0 * student.parameters * spec.train.budget / _bytes_per_token(spec.pair.student)
+    own = 6.0 * student.parameters * spec.train.budget / bytes_per_token(spec.pair.student)
     each = zip(teachers, spec.pair.teachers, strict=False)
-    taught = [2.0 * size.parameters / _bytes_per_token(side) for size, side in each]
+    taught = [2.0 * size.parameters / bytes_per_token(side) for size, side in each]
     return own + sum(taught) * spec.train.budget
 
 
@@ -86,7 +90,7 @@ def _memory(spec: RunSpec, student: Size, teachers: list[Size], taught: bool) ->
 
 def _activations(spec: RunSpec, student: Size) -> int:
     documents = spec.train.micro_batch or spec.train.batch_documents
-    tokens = documents * spec.train.document_bytes / _bytes_per_token(spec.pair.student)
+    tokens = documents * spec.train.document_bytes / bytes_per_token(spec.pair.student)
     return round(
         tokens
         * student.layers
@@ -101,8 +105,10 @@ def _logits(spec: RunSpec, student: Size, teachers: list[Size]) -> int:
     return LOGITS * FLOAT * rows * columns // sides
 
 
-def _bytes_per_token(spec: ModelSpec) -> float:
-    return 1.0 if (spec.tokenizer or spec.model).startswith("bytes:") else BYTES_PER_TOKEN
+def bytes_per_token(spec: ModelSpec) -> float:
+    """Of text, on average."""
+    kind = (spec.tokenizer or spec.model).partition(":")[0]
+    return BYTES_PER_TOKEN_OF.get(kind, BYTES_PER_TOKEN)
 
 
 def _to_be_made(side: ModelSpec) -> int:

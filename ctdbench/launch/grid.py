@@ -193,7 +193,7 @@ class Line:
 
     def _trial(self, tuning: Tuning, value: Any, task: str) -> RunSpec:
         chosen = tuning.chosen(value)
-        train = {**tuning.train, **chosen.pop("train", {})}
+        train = {"keep_model": False, **tuning.train, **chosen.pop("train", {})}
         evaluation = {"tasks": (task,), "limits": {}, "points": 1, **tuning.eval}
         evaluation["held_out"] = "validation"
         changes = {"seed": tuning.seed, "train": train, "eval": evaluation, **chosen}
@@ -235,10 +235,11 @@ def lines(grid: Grid, build: Build, over: Mapping[str, Fields]) -> list[Line]:
 
 def _check_selection(task: str, found: Iterable[Line]) -> None:
     """Settings are not chosen on documents that the table then reports on."""
-    known = {info.name: info for info in available_tasks()}
-    info = registry.pick(task, known, "task")
+    asked = [line.spec.eval for line in found]
+    extra = dict.fromkeys(path for evaluation in asked for path in evaluation.extra_tasks)
+    info = registry.pick(task, {info.name: info for info in available_tasks(extra)}, "task")
     has_validation = info.needs == "heldout" or info.name == "teacher_jsd"
-    if not has_validation and any(task in line.spec.eval.tasks for line in found):
+    if not has_validation and any(task in evaluation.tasks for evaluation in asked):
         raise UserError(
             f"tuning.select: the table is about the same items of {task}",
             "select by bpb_heldout or teacher_jsd, or by a task that the table does not have",

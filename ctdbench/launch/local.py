@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctdbench.distill.example_cache import WORKERS
 from ctdbench.launch import devices
 from ctdbench.launch.progress import Display
 
@@ -60,7 +61,8 @@ def slots(jobs: int | None = None) -> list[Slot]:
     """
     gpus = devices.gpus()
     count = jobs or max(len(gpus), 1)
-    share = {"OMP_NUM_THREADS": str(max(devices.threads() // count, 1))}
+    threads = str(max(devices.threads() // count, 1))
+    share = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", WORKERS), threads)
     if not gpus:
         return [share] * count
     share["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's; CUDA's own puts the fastest first
@@ -76,7 +78,7 @@ def run(
     stay in this process's group, so that what kills the group kills them, too.
     """
     pool = _Pool(jobs, ended, places, display or Display())
-    with _noted(*STOPPING) as came, pool.display:
+    with noted(*STOPPING) as came, pool.display:
         try:
             while not came and pool.step():
                 time.sleep(POLL_SECONDS)
@@ -179,7 +181,7 @@ def _ignored(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _noted(*numbers: int) -> Iterator[list[int]]:
+def noted(*numbers: int) -> Iterator[list[int]]:
     """The signals that came, instead of what they do; nothing is ever cut off in the middle."""
     came: list[int] = []
     before = {

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ctdbench.errors import UserError
-from ctdbench.launch.estimate import SAMPLES, Estimate
+from ctdbench.launch.cache_use import cache_use
+from ctdbench.launch.estimate import Estimate
 from ctdbench.launch.grid import key_of
 from ctdbench.launch.preflight import Scarce, estimated
 from ctdbench.launch.sweep import RUNS, Place, Sweep
 from ctdbench.results import State
-from ctdbench.spec import format_bytes
+from ctdbench.spec import RunSpec, format_bytes
 
 SHOWN: dict[State, str] = {"absent": "missing"}  # how a person calls a state
 AFTER_TRIALS, UNKNOWN = "after its trials", "?"
@@ -21,24 +23,34 @@ HEADER = ("", "state", "FLOPs", "memory")
 
 @dataclass(frozen=True)
 class _Row:
-    """due: whether the sweep would run it."""
+    """due: whether the sweep would run it. spec: as far as it is known."""
 
     title: str
     state: str
     due: bool
-    cost: Estimate | None
+    spec: RunSpec | None = None
+
+    @cached_property
+    def cost(self) -> Estimate | None:
+        """None where it is not known."""
+        return estimated(self.spec) if self.spec else None
 
 
 def overview(sweep: Sweep, problems: Sequence[UserError]) -> str:
     """Every cell with its state and cost, as far as all that they need is there, and what fails."""
-    is_known = all(isinstance(problem, Scarce) for problem in problems)
-    rows = list(_known(sweep) if is_known else _unknown(sweep))
+    known = is_known(problems)
+    rows = list(_known(sweep) if known else _unknown(sweep))
     counts = Counter(row.state for row in rows)
     listed = ", ".join(f"{count} {state}" for state, count in counts.items())
     lines = [*_aligned(rows), "", f"{len(rows)} cells: {listed}", *_due(rows)]
-    lines += tuning(sweep) if is_known else []
+    lines += tuning(sweep) if known else []
     lines += [f"would fail: {problem}" for problem in problems]
     return "\n".join(lines) + "\n"
+
+
+def is_known(problems: Sequence[UserError]) -> bool:
+    """Whether the cells are: what there is too little of says nothing against that."""
+    return all(isinstance(problem, Scarce) for problem in problems)
 
 
 def tuning(sweep: Sweep) -> Iterator[str]:
@@ -57,7 +69,7 @@ def _known(sweep: Sweep) -> Iterator[_Row]:
         for cell in line.finals(tuned.value):
             if tuned.why:
                 due = "absent" in RUNS[sweep.when]
-                yield _Row(cell.title, AFTER_TRIALS, due, estimated(cell.spec))
+                yield _Row(cell.title, AFTER_TRIALS, due, cell.spec)
             else:
                 yield _row(cell.title, found[cell.key], sweep)
 
@@ -65,13 +77,13 @@ def _known(sweep: Sweep) -> Iterator[_Row]:
 def _row(title: str, place: Place, sweep: Sweep) -> _Row:
     state = place.state
     due = state in RUNS[sweep.when]
-    return _Row(title, SHOWN.get(state, state), due, estimated(place.cell.spec))
+    return _Row(title, SHOWN.get(state, state), due, place.cell.spec)
 
 
 def _unknown(sweep: Sweep) -> Iterator[_Row]:
     for line in sweep.lines:
         cells = [*line.trials, *line.finals()]
-        yield from (_Row(cell.title, UNKNOWN, False, None) for cell in cells)
+        yield from (_Row(cell.title, UNKNOWN, False) for cell in cells)
 
 
 def _due(rows: Sequence[_Row]) -> Iterator[str]:
@@ -82,7 +94,13 @@ def _due(rows: Sequence[_Row]) -> Iterator[str]:
         yield (
             f"{len(costs)} to run, about {sum(cost.flops for cost in costs):.2g} FLOPs of "
             f"training; each at most {format_bytes(memory)} of memory and {format_bytes(disk)} of "
-            f"disk while it runs; {format_bytes(len(costs) * SAMPLES)} of disk to keep"
+            f"disk while it runs; {format_bytes(sum(cost.kept for cost in costs))} of disk to keep"
+        )
+    if specs := [row.spec for row in rows if row.due and row.spec]:
+        taken = cache_use(specs, {})
+        yield (
+            f"cache, at most: {format_bytes(taken.examples)} of tokenized text and "
+            f"{format_bytes(taken.states)} of teacher states, shared by cells with the same text"
         )
 
 

@@ -18,6 +18,7 @@ from ctdbench.distill import corpus, references
 from ctdbench.errors import PreflightError, UserError
 from ctdbench.evaluate import check_tasks
 from ctdbench.launch import devices
+from ctdbench.launch.cache_use import Texts, cache_use
 from ctdbench.launch.estimate import Estimate, conversions, estimate
 from ctdbench.spec import PairSpec, RunSpec, format_bytes
 
@@ -40,9 +41,9 @@ def preflight(specs: Sequence[RunSpec], store: Path, *, jobs: int = 1) -> list[U
     problems = _complaints(lookups.values())  # cells share most of them
     if problems:
         return problems + _complaints(partial(_method, spec) for spec in specs if spec.options)
-    texts: dict[tuple[str, Path | None], corpus.Corpus] = {}
+    texts: Texts = {}
     problems = _complaints(partial(_valid, spec, texts) for spec in specs)
-    return problems or _complaints(_enough(specs, store, jobs))
+    return problems or _complaints(_enough(specs, store, jobs, texts))
 
 
 def unfit(specs: Sequence[RunSpec]) -> list[tuple[RunSpec, UserError]]:
@@ -85,7 +86,8 @@ def _complaints(checks: Iterable[Check]) -> list[UserError]:
 def _reachable(spec: RunSpec) -> Iterator[partial[None]]:
     folder = spec.eval.data
     if folder is None or folder.is_dir():
-        yield from (partial(check_tasks, (task,), folder) for task in spec.eval.tasks)
+        own = spec.eval.extra_tasks
+        yield from (partial(check_tasks, (task,), folder, own) for task in spec.eval.tasks)
         yield partial(_require_text, spec.train.corpus, folder)
     else:
         yield partial(_no_folder, folder)
@@ -114,14 +116,14 @@ def _method(spec: RunSpec) -> Method:
     return create(spec.method, spec.options)
 
 
-def _valid(spec: RunSpec, texts: dict[tuple[str, Path | None], corpus.Corpus]) -> None:
+def _valid(spec: RunSpec, texts: Texts) -> None:
     """Options, balancing, and text enough for the budget. texts: those that were loaded."""
     from ctdbench.launch import cell
 
     key = (spec.train.corpus, spec.eval.data)
     if key not in texts:
         texts[key] = corpus.load_corpus(*key)
-    cell._check(spec, texts[key])
+    cell.check(spec, texts[key])
 
 
 def _tables(pair: PairSpec) -> list[PairTables]:
@@ -132,13 +134,14 @@ def _tables(pair: PairSpec) -> list[PairTables]:
     return [pair_tables(student, teacher) for teacher in teachers]
 
 
-def _enough(specs: Sequence[RunSpec], store: Path, jobs: int) -> Iterator[Check]:
+def _enough(specs: Sequence[RunSpec], store: Path, jobs: int, texts: Texts) -> Iterator[Check]:
     """Memory, precision, disk."""
     gpus = devices.gpus()
     free = min(gpu.memory for gpu in gpus) if gpus else devices.free_memory()
     at_once = -(-jobs // max(len(gpus), 1))  # on one device
     known = [(found, spec) for spec in specs if (found := estimated(spec)) is not None]
-    if free is not None:
+    # Under FSDP2 a process holds a share of what is estimated.
+    if free is not None and os.environ.get("ACCELERATE_USE_FSDP") != "true":
         neediest = {spec.pair.name: (found.memory, spec) for found, spec in sorted(known, key=_by)}
         for needed, spec in neediest.values():
             yield partial(_memory, spec, needed, free, at_once)
@@ -146,7 +149,8 @@ def _enough(specs: Sequence[RunSpec], store: Path, jobs: int) -> Iterator[Check]
         yield from (partial(_precision, spec) for spec in specs)
     yield partial(_writable, store)
     yield partial(_disk, "--store", store, jobs * max((e.disk for e, _ in known), default=0))
-    yield partial(_disk, "the cache", cache_dir(), max(map(conversions, specs), default=0))
+    needed = max(map(conversions, specs), default=0) + cache_use(specs, texts).examples
+    yield partial(_disk, "the cache", cache_dir(), needed)
 
 
 def _by(known: tuple[Estimate, RunSpec]) -> int:

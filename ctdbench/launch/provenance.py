@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,14 @@ SHORTEST_SECRET = 8  # characters: a shorter value would be found in innocent te
 
 
 def provenance() -> Provenance:
-    """Of this process, as it is now."""
-    return {"created": now(), "versions": _versions(), "hardware": _hardware(), "git": _git()}
+    """Of this process; its code is what was there when it was asked for the first time."""
+    state = _git()
+    return {
+        "created": now(),
+        "versions": dict(_versions()),
+        "hardware": _hardware(),
+        "git": state and dict(state),
+    }
 
 
 def now() -> str:
@@ -56,6 +63,7 @@ def _cleaned(text: str) -> str:
     )
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"ctdbench": __version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in PACKAGES}
@@ -73,6 +81,7 @@ def _hardware() -> Hardware:
     }
 
 
+@cache
 def _git() -> dict[str, Any] | None:
     """Commit of the clone that the engine runs from, and whether it changed; None in a wheel."""
     root = Path(__file__).resolve().parents[2]

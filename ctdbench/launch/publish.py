@@ -32,22 +32,13 @@ def publish(store: Path, cell: str, target: Path) -> list[Path]:
     Raises UserError naming what keeps a cell from being published; then nothing is written.
     """
     found = results.find(store)
-    folder = _one(found, cell, store)
+    folder = results.named(found, cell, store)
     chosen = {folder: found[folder], **_baselines(found, found[folder])}
     samples = Samples(found)
     for path, result in chosen.items():
         if fault := _fault(result, samples):
             raise UserError(f"{path} cannot be published: {fault[0]}", fault[1])
     return [_copy(path, result, target) for path, result in chosen.items()]
-
-
-def _one(found: Mapping[Path, Result], cell: str, store: Path) -> Path:
-    matching = [folder for folder, result in found.items() if result["id"].startswith(cell)]
-    if len(matching) != 1:
-        count = f"{len(matching)} finished cells" if matching else "no finished cell"
-        hint = "give the id, the name of the cell's folder"
-        raise UserError(f"{count} in {store} whose id starts with {cell!r}", hint)
-    return matching[0]
 
 
 def _baselines(found: Mapping[Path, Result], cell: Result) -> dict[Path, Result]:
@@ -76,6 +67,8 @@ def _fault(result: Result, samples: Samples) -> tuple[str, str] | None:
     state = result["provenance"].get("git")
     if not state or state["changed"]:
         return "the code that made it was not committed", "commit, and run it again"
+    if spec.eval.task_files:
+        return "it has tasks that are not the project's", "add their files to tasks/ first"
     if not _is_shipped(spec.method, result["content"].get("method")):
         return "its method is not the one that is committed here", "run it again with that"
     for task in spec.eval.tasks:

@@ -10,13 +10,15 @@ here imports torch before the first cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ctdbench import results
 from ctdbench.errors import UserError
-from ctdbench.launch.table_plan import Plan, PlannedRow, identity
+from ctdbench.launch.grid import GridCell, key_of
+from ctdbench.launch.sweep import places
+from ctdbench.launch.table_plan import Plan, PlannedRow
 from ctdbench.recipes import Measure, Setting, Source, told
 from ctdbench.report import grouping
 from ctdbench.report.outcomes import Samples
@@ -25,25 +27,17 @@ from ctdbench.results import Result
 from ctdbench.spec import RunSpec, format_bytes
 
 DONE, OPEN, NO_TEXT = "done", "to do", "not known without the text"
+Check = Callable[[Sequence[RunSpec]], list[UserError]]  # what would fail (`preflight.preflight`)
 
 
-def preflight(plan: Plan, check: Callable[[RunSpec], None]) -> None:
-    """Raises UserError or PreflightError, without torch, for what cannot be had.
-
-    check: for one cell (`request.preflight`).
-    """
-    _check_corpus(plan)
-    for spec in plan.by_pair.values():
-        check(spec)
+def problems(plan: Plan, check: Check) -> list[UserError]:
+    """What keeps the cells from running; empty where nothing does."""
+    return _without_text(plan) or check(list(plan.cells.values()))
 
 
-def describe(plan: Plan, store: Path, check: Callable[[RunSpec], None]) -> str:
-    """A resolved plan as text: cells, which of them are done, all settings with their source.
-
-    check: raises UserError for a cell that cannot run (`request.preflight`).
-    """
-    first = next(iter(plan.cells.values()))
-    no_text = _refusal(lambda _: _check_corpus(plan), first)
+def describe(plan: Plan, store: Path, check: Check) -> str:
+    """A resolved plan as text: cells, which of them are done, all settings with their source."""
+    no_text = _refusal(_without_text(plan))
     states = dict.fromkeys(plan.cells, NO_TEXT) if no_text else _states(plan, store, check)
     titles = plan.titles
     count = sum(state == DONE for state in states.values())
@@ -105,47 +99,36 @@ def _by_folder(store: Path, ours: Iterable[Ours]) -> dict[Path, Result]:
     }
 
 
-def _check_corpus(plan: Plan) -> None:
+def _without_text(plan: Plan) -> list[UserError]:
     """The papers' own text has to be given."""
-    from ctdbench.distill import corpus
-
     recipe, ask = plan.recipe, plan.ask
     if ask.scale == "paper" and ask.corpus is None:
         assert recipe.training.data is not None
-        raise UserError(
-            f"{recipe.name} trains on {recipe.training.data.value}, which ctdbench does not fetch",
-            "give that text by --corpus jsonl:PATH, or run the design with --scale cpu",
-        )
-    for name in {spec.train.corpus for spec in plan.cells.values()}:
-        corpus.require(name, ask.data_dir)
+        return [
+            UserError(
+                f"{recipe.name} trains on {recipe.training.data.value}, which ctdbench does not "
+                "fetch",
+                "give that text by --corpus jsonl:PATH, or run the design with --scale cpu",
+            )
+        ]
+    return []
 
 
-def _states(plan: Plan, store: Path, check: Callable[[RunSpec], None]) -> dict[str, str]:
+def _states(plan: Plan, store: Path, check: Check) -> dict[str, str]:
     """Of every cell whether it is done; or why it cannot run here."""
-    from ctdbench.distill.corpus import load_corpus
-    from ctdbench.launch.cell import Cell, decontaminated
-
-    folder = plan.ask.data_dir
-    refused = {pair: _refusal(check, spec) for pair, spec in plan.by_pair.items()}
-    if all(refused.values()):
-        return {key: refused[spec.pair.name] for key, spec in plan.cells.items()}
-    first = next(iter(plan.cells.values()))  # text and tasks are the same for all
-    corpus, notes = decontaminated(load_corpus(first.train.corpus, folder), first, folder)
-    states = {}
-    for key, spec in plan.cells.items():
-        states[key] = refused[spec.pair.name]
-        if not states[key]:
-            done = results.finished(Cell(spec, store, corpus, folder, notes).folder)
-            states[key] = OPEN if done is None else DONE
+    refused = {
+        pair: _refusal(check([spec for spec in plan.cells.values() if spec.pair.name == pair]))
+        for pair in plan.by_pair
+    }
+    states = {key: refused[spec.pair.name] for key, spec in plan.cells.items()}
+    runnable = [GridCell(plan.titles[key], plan.cells[key]) for key in states if not states[key]]
+    for place in places(runnable, store):
+        states[key_of(place.cell.spec)] = DONE if place.state == "done" else OPEN
     return states
 
 
-def _refusal(check: Callable[[RunSpec], None], spec: RunSpec) -> str:
-    try:
-        check(spec)
-    except UserError as error:
-        return f"cannot run: {error}"
-    return ""
+def _refusal(problems: Sequence[UserError]) -> str:
+    return f"cannot run: {'; '.join(map(str, problems))}" if problems else ""
 
 
 def _reason(error: Exception) -> str:
@@ -173,7 +156,7 @@ def _baseline(store: Path, cells: list[Result], name: str | None) -> Result | No
 
 
 def _measured(row: PlannedRow, outcomes: Mapping[str, Result | str], base: Result | None) -> Ours:
-    found = [outcomes[key] for spec in row.specs if (key := identity(spec)) in outcomes]
+    found = [outcomes[key] for spec in row.specs if (key := key_of(spec)) in outcomes]
     failed = next((outcome for outcome in found if isinstance(outcome, str)), "")
     cells = tuple(outcome for outcome in found if not isinstance(outcome, str))
     return Ours(cells, base, row.absent or ("" if found else "not run"), failed)

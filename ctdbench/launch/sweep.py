@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from ctdbench.launch.cell import Cell
 
 TRIALS = "trials"
+# A log holds all that a cell's process says, folders of this machine included: it stays here.
 REQUEST, LOG = "request.yaml", "log.txt"
-OWN = (results.RESULT, results.METRICS, results.CHECKPOINTS, LOG)  # removed to compute it anew
+# Removed to compute a cell anew.
+OWN = (results.RESULT, results.METRICS, results.CHECKPOINTS, results.TRACKING, LOG)
 When = Literal["always", "never", "only-missing", "only-failed"]
 RUNS: dict[When, tuple[State, ...]] = {
     "always": ("absent", "resumable", "failed", "done"),
@@ -94,6 +96,11 @@ class Sweep:
         run_places(finals, launch, self.when, self.arguments)
         return finals
 
+    def next_jobs(self) -> list[Job]:
+        """What would run first: trials, else the cells of the table that are decided."""
+        first = due_jobs(self.trials, self.when, self.arguments)
+        return list(first or due_jobs(self.finals(), self.when, self.arguments))
+
     @cached_property
     def trials(self) -> list[Place]:
         """Every trial once."""
@@ -125,25 +132,41 @@ def run_places(
     arguments: tuple[str, ...] = (),
 ) -> None:
     """Run those of the cells that `when` says; what came of each is in its folder."""
+    from ctdbench.launch.cell import finished
+
+    for place in chosen:
+        finished(place.cell.folder)  # tidies where a sweep was killed right after a result
+    due = due_jobs(chosen, when, arguments)
+    for place in due.values():
+        _write_request(place)
+    if due:
+        launch(list(due), lambda job, status: settle(due[job], status))
+
+
+def due_jobs(chosen: Sequence[Place], when: When, arguments: tuple[str, ...]) -> dict[Job, Place]:
+    """The commands of those of the cells that `when` says."""
     due = {place.cell.folder: place for place in chosen if place.state in RUNS[when]}
     begun = {_baselines(p.cell.spec) for p in chosen if (p.cell.folder / results.METRICS).exists()}
-    jobs = [_job(place, begun, arguments) for place in due.values()]
-    if jobs:
-        launch(jobs, lambda job, status: settle(due[job.log.parent], status))
+    return {_job(place, begun, arguments): place for place in due.values()}
+
+
+def _write_request(place: Place) -> None:
+    from ctdbench.launch.provenance import without_private
+
+    request = place.cell.spec.model_dump(mode="json", exclude={"trust_remote_code"})
+    text = yaml.safe_dump(without_private(request), sort_keys=False, allow_unicode=True)
+    atomic.write_bytes(place.cell.folder / REQUEST, text.encode())
 
 
 def _job(place: Place, begun: Collection[str], arguments: tuple[str, ...]) -> Job:
     """A command that runs the cell. Of cells with the same baselines one starts alone: its training
     begins, and its metrics, once they are there. begun: baselines that are there."""
-    folder, spec = place.cell.folder, place.cell.spec
-    request = spec.model_dump(mode="json", exclude={"trust_remote_code"})
-    text = yaml.safe_dump(request, sort_keys=False, allow_unicode=True)
-    atomic.write_bytes(folder / REQUEST, text.encode())
+    folder = place.cell.folder
     command = (
         *(sys.executable, "-m", "ctdbench", "run", "--config", str(folder / REQUEST)),
         *("--store", str(place.cell.store), *arguments),
     )
-    baselines = _baselines(spec)
+    baselines = _baselines(place.cell.spec)
     return Job(
         place.title,
         command,
@@ -216,7 +239,7 @@ def settle(place: Place, status: int) -> str:
     if place.state != "done" and status < 0:
         name = signal.Signals(-status).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        place.cell._record_failure(ChildProcessError(f"killed by {name}{hint}"))
+        place.cell.record_failure(ChildProcessError(f"killed by {name}{hint}"))
     if place.state in ("done", "failed"):
         return told(place)
     log = place.cell.folder / LOG

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctdbench import registry
+from ctdbench.launch.grid import key_of
 from ctdbench.recipes import Measure, Recipe, Row, Scale, Setting, Training
 from ctdbench.spec import RunSpec, format_bytes
 
@@ -63,7 +64,7 @@ class Plan:
     @property
     def cells(self) -> dict[str, RunSpec]:
         """Every cell once, by what identifies the request: rows may share one."""
-        return {identity(spec): spec for row in self.rows for spec in row.specs}
+        return {key_of(spec): spec for row in self.rows for spec in row.specs}
 
     @property
     def titles(self) -> dict[str, str]:
@@ -71,7 +72,7 @@ class Plan:
         rows: dict[str, list[str]] = defaultdict(list)
         for row in self.rows:
             for spec in row.specs:
-                rows[identity(spec)].append(row.title)
+                rows[key_of(spec)].append(row.title)
         return {
             key: f"{spec.pair.name}, {' = '.join(rows[key])}, seed {spec.seed}"
             for key, spec in self.cells.items()
@@ -100,11 +101,6 @@ class Plan:
         """The plan with all options of every method (`request.resolve_options`)."""
         rows = [replace(row, specs=tuple(map(resolve, row.specs))) for row in self.rows]
         return replace(self, rows=tuple(rows))
-
-
-def identity(spec: RunSpec) -> str:
-    """Equal for equal requests."""
-    return spec.cell_id({})
 
 
 def plan(recipe: Recipe, ask: Ask) -> Plan:

@@ -259,9 +259,15 @@ def _columns(cells: Iterable[Result], headline: Mapping[str, str]) -> tuple[Colu
     for result in cells:
         for task, metrics in result["scores"].items():
             if metrics and task not in columns:
-                wanted = headline.get(task, "")
+                wanted = headline.get(task) or _stated_metric(result, task)
                 columns[task] = Column(task, wanted if wanted in metrics else next(iter(metrics)))
     return tuple(columns.values())
+
+
+def _stated_metric(result: Result, task: str) -> str:
+    """The metric that a task of the user's own names as its first."""
+    settings = result["provenance"].get("evaluation", {}).get("tasks", {})
+    return str(settings.get(task, {}).get("metric", ""))
 
 
 def _difference(test: Comparison, p: float) -> Difference:

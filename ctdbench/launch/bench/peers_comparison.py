@@ -21,13 +21,13 @@ INSTALL = "run it by `make bench-peers`, which installs them into an environment
 class Settings:
     """How much is measured.
 
-    rows: of either side in `gold` and `uld`. repeats: of every loss. beam_bytes: of the text in
-    `beam`; beam_repeats: of everything there, for its peer takes minutes.
+    rows: of either side in `gold` and `uld`. repeats: of every loss. beam_bytes: of every text
+    in `beam`; beam_repeats: of everything there, for its peer takes minutes.
     """
 
     rows: int = 256
     repeats: int = 7
-    beam_bytes: int = 250
+    beam_bytes: int = 140
     beam_repeats: int = 1
 
 

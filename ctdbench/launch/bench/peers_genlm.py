@@ -10,7 +10,7 @@ our beam at a width of 60 that prunes below 0.0001.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,15 @@ from ctdbench.evaluate.divergence import jensen_shannon
 from ctdbench.launch.bench.peers_comparison import Comparison, Settings, in_turns, missing, threads
 from ctdbench.text.vocabulary import ByteTrie
 
-TEXT = (
+TEXTS = (
     b"Maya bought three notebooks and a box of twelve pencils before her first day of school. "
-    b"The shop on Harbour Street had raised its prices in June, so she paid 14.60 euros, 2.35 more "
-    b"than last year, and walked home along the river to save the bus fare."
+    b"The shop on Harbour Street had raised its prices in June.",
+    b"She paid 14.60 euros, 2.35 more than last year, and walked home along the river to save the "
+    b"bus fare. A ferry passed her under the old bridge.",
+    b"Rye bread needs a sourdough: yeast alone leaves the crumb sticky, because its enzymes go on "
+    b"cutting starch while the loaf is in the oven.",
+    b"A list in Python grows by about an eighth when it is full, so that appending n items copies "
+    b"fewer than nine times n references in all.",
 )
 WIDTH, PRUNE = 10, 0.01
 WIDE_WIDTH, WIDE_PRUNE = 60, 1e-4
@@ -41,21 +46,23 @@ Estimator = Callable[[], Tensor]  # -> [bytes, 257]
 def compare(settings: Settings) -> list[Comparison]:
     """`path` and `beam` beside their beam."""
     side = models.load_side(registry.load_pair("smol-mistral").teachers[0])
-    trie, text = ByteTrie(side.tokens.vocabulary), TEXT[: settings.beam_bytes]
+    trie = ByteTrie(side.tokens.vocabulary)
+    texts = [text[: settings.beam_bytes] for text in TEXTS]
     with threads(1), asyncio.Runner() as runner, torch.no_grad():
         estimators: dict[str, Estimator] = {
-            "path": lambda: path(side, trie, text),
-            "beam": lambda: beam(side, trie, text, width=WIDTH, prune=PRUNE),
-            THEIRS: genlm_beam(side, text, runner),
+            "path": lambda: path(side, trie, texts),
+            "beam": lambda: beam(side, trie, texts, width=WIDTH, prune=PRUNE),
+            THEIRS: genlm_beam(side, texts, runner),
         }
-        wide = beam(side, trie, text, width=WIDE_WIDTH, prune=WIDE_PRUNE)
+        wide = beam(side, trie, texts, width=WIDE_WIDTH, prune=WIDE_PRUNE)
         apart = {
             name: float(jensen_shannon(estimate(), wide).mean())
             for name, estimate in estimators.items()
         }
         timings = in_turns(estimators, settings.beam_repeats)
-    rates = {name: len(text) / timing.median for name, timing in timings.items()}
-    size = f"{len(text)} bytes, {settings.beam_repeats} repeats, 1 thread"
+    total = sum(map(len, texts))
+    rates = {name: total / timing.median for name, timing in timings.items()}
+    size = f"{len(texts)} texts, {total} bytes, {settings.beam_repeats} repeats, 1 thread"
     return [
         Comparison(
             f"bld {name} (genlm-bytes' beam)",
@@ -70,15 +77,19 @@ def compare(settings: Settings) -> list[Comparison]:
     ]
 
 
-def beam(side: Side, trie: ByteTrie, text: bytes, *, width: int, prune: float) -> Tensor:
+def beam(side: Side, trie: ByteTrie, texts: Sequence[bytes], *, width: int, prune: float) -> Tensor:
     """Our beam."""
     assert side.specials.bos is not None
     bos = [side.specials.bos]
-    return beam_distributions(side.model, trie, text, bos, width=width, prune=prune)
+    return torch.cat(beam_distributions(side.model, trie, texts, bos, width=width, prune=prune))
 
 
-def path(side: Side, trie: ByteTrie, text: bytes) -> Tensor:
-    """One forward over the text's own tokens."""
+def path(side: Side, trie: ByteTrie, texts: Sequence[bytes]) -> Tensor:
+    """One forward over every text's own tokens."""
+    return torch.cat([_path(side, trie, text) for text in texts])
+
+
+def _path(side: Side, trie: ByteTrie, text: bytes) -> Tensor:
     encoding = side.tokens.encode(text)
     tokens = torch.from_numpy(encoding.ids)
     ids = torch.cat([torch.tensor([side.specials.bos]), tokens[:-1]])[None]
@@ -93,7 +104,7 @@ def path(side: Side, trie: ByteTrie, text: bytes) -> Tensor:
     )
 
 
-def genlm_beam(side: Side, text: bytes, runner: asyncio.Runner) -> Estimator:
+def genlm_beam(side: Side, texts: Sequence[bytes], runner: asyncio.Runner) -> Estimator:
     """Their beam, with the trie of the vocabulary built."""
     try:
         from genlm.backend.llm import AsyncTransformer  # type: ignore[import-not-found]
@@ -111,9 +122,14 @@ def genlm_beam(side: Side, text: bytes, runner: asyncio.Runner) -> Estimator:
 
     def run() -> Tensor:
         model.clear_cache()
-        return runner.run(_distributions(start, text))
+        return runner.run(_together(start, texts))
 
     return run
+
+
+async def _together(state: Any, texts: Sequence[bytes]) -> Tensor:
+    """All texts at once: their model batches what is asked for meanwhile."""
+    return torch.cat(await asyncio.gather(*(_distributions(state, text) for text in texts)))
 
 
 async def _distributions(state: Any, text: bytes) -> Tensor:

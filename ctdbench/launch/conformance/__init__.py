@@ -19,21 +19,18 @@ nothing is what breaks there.
 from __future__ import annotations
 
 import inspect
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 from ctdbench import registry
 from ctdbench.launch.conformance import checks, contract
 from ctdbench.launch.conformance.bench import Bench
 from ctdbench.launch.conformance.checks import Check
-from ctdbench.launch.conformance.watched import Failed, Skipped
+from ctdbench.launch.findings import Failed, Finding, found_by, tell
 from ctdbench.method import Needs
 from ctdbench.spec import RunSpec
 
-Status = Literal["ok", "FAIL", "skipped"]
 FLOORS = {"zero": False, checks.SIGNED: True, "minimum": False, "none": True}  # with a reason?
 EXCUSABLE = ("student = teacher", "unchanged by")  # groups: any other check holds of all methods
 
@@ -55,7 +52,10 @@ def meta(bench: Bench) -> str:
         raise Failed(f"META lacks {', '.join(wrong)}")
     listed = registry.methods()[bench.spec.method]
     if listed.file is not None and dict(listed.meta) != dict(stated):
-        raise Failed("META is no literal, so `ctdbench list` cannot read it without an import")
+        raise Failed(
+            f"META is no literal in {listed.file.name}, so `ctdbench list` cannot read it without "
+            "an import"
+        )
     _check_declared(stated, bench.method.options.model_dump())
     paper = f"arXiv {stated['paper']}" if stated.get("paper") else stated.get("url")
     return ", ".join(str(part) for part in (paper, stated.get("year")) if part) or "complete"
@@ -110,17 +110,6 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one check found, on one line; and what the method raised, if that ended the check."""
-
-    group: str
-    name: str
-    status: Status
-    text: str
-    crash: Exception | None = field(default=None, compare=False)
-
-
 def names() -> list[str]:
     """Names of all checks."""
     return [name for group in CHECKS.values() for name in group]
@@ -134,11 +123,12 @@ def check(bench: Bench) -> Iterator[Finding]:
     seen: dict[str, str] = {}
     for group, members in CHECKS.items():
         for name, run_check in members.items():
-            status, text, crash = _outcome(bench, name, run_check)
-            if status == "FAIL":
-                earlier = seen.setdefault(text, name)
-                text = _noted(crash, text) if earlier == name else f"as {earlier}"
-            yield Finding(group, name, status, text, crash)
+            finding = _finding(bench, group, name, run_check)
+            if finding.status == "FAIL":
+                earlier = seen.setdefault(finding.text, name)
+                noted = _noted(finding.crash, finding.text)
+                finding = replace(finding, text=noted if earlier == name else f"as {earlier}")
+            yield finding
 
 
 def run(spec: RunSpec, say: Callable[[str], None], *, debug: bool = False) -> bool:
@@ -150,17 +140,7 @@ def run(spec: RunSpec, say: Callable[[str], None], *, debug: bool = False) -> bo
     bench = Bench(spec)
     for line in heading(bench):
         say(line)
-    found: list[Finding] = []
-    for finding in check(bench):
-        if not found or found[-1].group != finding.group:
-            say(f"\n{finding.group}")
-        say(f"  {finding.status:<7}  {finding.name}: {finding.text}")
-        if debug and finding.crash is not None:
-            say("".join(traceback.format_exception(finding.crash)))
-            debug = False
-        found.append(finding)
-    say("\n" + verdict(found))
-    return not any(finding.status == "FAIL" for finding in found)
+    return tell(check(bench), say, debug=debug)
 
 
 def heading(bench: Bench) -> list[str]:
@@ -184,27 +164,12 @@ def heading(bench: Bench) -> list[str]:
     return [f"{bench.spec.method}  {title}", *lines]
 
 
-def verdict(found: Iterable[Finding]) -> str:
-    """`17 of 17 checks passed, 1 skipped`."""
-    statuses = [finding.status for finding in found]
-    skipped = statuses.count("skipped")
-    ran = len(statuses) - skipped
-    rest = f", {skipped} skipped" if skipped else ""
-    return f"{statuses.count('ok')} of {ran} checks passed{rest}"
-
-
-def _outcome(bench: Bench, name: str, run_check: Check) -> tuple[Status, str, Exception | None]:
+def _finding(bench: Bench, group: str, name: str, run_check: Check) -> Finding:
     reason = _exception(bench, name)
     if reason:
-        return "skipped", reason, None
-    try:
-        return "ok", run_check(bench), None
-    except Skipped as found:
-        return "skipped", str(found), None
-    except Failed as found:
-        return "FAIL", str(found), None
-    except Exception as error:  # a plugin may raise anything; the other checks go on
-        return "FAIL", _one_line(error, inspect.getsourcefile(type(bench.method)) or ""), error
+        return Finding(group, name, "skipped", reason)
+    file = inspect.getsourcefile(type(bench.method)) or ""
+    return found_by(group, name, lambda: run_check(bench), file)
 
 
 def _exception(bench: Bench, name: str) -> str:
@@ -233,11 +198,3 @@ def _excusable() -> list[str]:
 def _noted(crash: Exception | None, text: str) -> str:
     """The failure, behind what `Watched` notes of the rows that the method crashed on."""
     return ": ".join([*getattr(crash, "__notes__", []), text])
-
-
-def _one_line(error: Exception, file: str) -> str:
-    """The error, and the line of the method's own file that it came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    where = f" ({Path(file).name} line {frames[-1].lineno})" if frames else ""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}{where}"

@@ -12,7 +12,7 @@ from ctdbench.launch.conformance import cases
 from ctdbench.launch.conformance.bench import BLOCK_ROWS, Bench, Outcome, Values
 from ctdbench.launch.conformance.cases import Case
 from ctdbench.launch.conformance.pair import Pair, documents, long_documents, make_pair
-from ctdbench.launch.conformance.watched import Failed, Skipped
+from ctdbench.launch.findings import Failed, Skipped
 from ctdbench.method import mean, total_loss
 
 Check = Callable[[Bench], str]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ctdbench.launch.conformance.bench import Bench
 from ctdbench.launch.conformance.cases import make_case
 from ctdbench.launch.conformance.pair import documents
-from ctdbench.launch.conformance.watched import Failed
+from ctdbench.launch.findings import Failed
 from ctdbench.method import Block, Rows, Scalars, Term, bare, mean, total_loss
 
 TOLERANCE = 1e-4  # of counts, which may be sums of fractions

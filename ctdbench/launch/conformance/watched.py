@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ctdbench.launch.conformance.cases import picked
+from ctdbench.launch.findings import Failed
 from ctdbench.method import (
     Block,
     Method,
@@ -21,14 +22,6 @@ from ctdbench.method import (
     Term,
     Trainable,
 )
-
-
-class Failed(Exception):
-    """A check that found what must not be; the message says what."""
-
-
-class Skipped(Exception):
-    """A check that has nothing to say of a method; the message says why."""
 
 
 class Watched:

@@ -12,6 +12,7 @@ from ctdbench.report.figures.alignment import alignment
 from ctdbench.report.figures.cost import cost
 from ctdbench.report.figures.curves import curves
 from ctdbench.report.figures.overlap import overlap
+from ctdbench.report.figures.points import points
 from ctdbench.report.figures.ranks import ranks
 from ctdbench.report.figures.scores import scores
 from ctdbench.report.figures.style import svg
@@ -24,6 +25,7 @@ Drawn = dict[str, list[Path] | str]
 FIGURES: dict[str, Callable[[Table, Mapping[str, Path]], Figure | str]] = {
     "scores": scores,
     "curves": curves,
+    "points": points,
     "cost": cost,
     "ranks": ranks,
 }

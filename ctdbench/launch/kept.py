@@ -1,0 +1,46 @@
+"""A cell's trained student, kept beside its result where that was asked for (`train.keep_model`).
+
+Off by default: a model of 135M parameters takes 540 MB, a grid of 100 cells of it 54 GB. A cell
+that is done without its weights is computed again when they are asked for: a model and the scores
+beside it are always of one training.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ctdbench import atomic, results
+from ctdbench.distill import models, saving
+from ctdbench.distill.models import Side
+from ctdbench.errors import UserError
+from ctdbench.results import Result
+from ctdbench.spec import ModelSpec, RunSpec
+
+
+def is_missing(spec: RunSpec, folder: Path) -> bool:
+    """Whether weights are asked for that an earlier run of the cell did not keep."""
+    return spec.train.keep_model and not (folder / results.MODEL).is_dir()
+
+
+def discard(folder: Path) -> None:
+    """Remove the weights of an earlier run."""
+    shutil.rmtree(folder / results.MODEL, ignore_errors=True)
+
+
+def keep(student: Side, folder: Path) -> None:
+    """Write the student as it is evaluated; raises UserError as `saving.save` does."""
+    with atomic.new_folder(folder / results.MODEL) as temporary:
+        saving.save(student, temporary)
+
+
+def load(folder: Path, result: Result) -> Side:
+    """The student of a finished cell; raises UserError where its weights were not kept."""
+    path = folder / results.MODEL
+    if not path.is_dir():
+        raise UserError(
+            f"cell {result['id']}: its weights were not kept",
+            "the command that ran it computes it again with its weights: ctdbench run ... "
+            "--keep-model",
+        )
+    return models.load_side(ModelSpec(model=f"dir:{path}"))

@@ -1,0 +1,1 @@
+"""What `ctdbench new-method` copies: a method that works, and its test, named `new-method`."""

@@ -1,0 +1,210 @@
+"""`--tasks ./mine.yaml`: the file becomes a name, its content part of the cell, its place not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from example_results import example
+from own_tasks import SCORES, write_capitals
+from test_identity import cell_id, folder, replaced  # noqa: F401  (folder is a fixture)
+from tiny_models import bpe_tokenizer, tiny_model
+from typer.testing import CliRunner
+
+from ctdbench import report, request
+from ctdbench.cli import app
+from ctdbench.errors import UserError
+from ctdbench.evaluate import EvaluationRequest, check_tasks, evaluate, task_content, task_texts
+from ctdbench.evaluate.task_files import task_dir
+from ctdbench.launch import grid
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def build(*tasks: str, **more: object) -> request.RunSpec:
+    return request.build_spec({"method": "sft", "pair": "tiny", "eval": {"tasks": tasks, **more}})
+
+
+def test_a_file_becomes_the_name_in_it(tmp_path: Path) -> None:
+    path = str(write_capitals(tmp_path))
+    stated = build("piqa", path).eval
+    assert (stated.tasks, stated.task_files) == (("piqa", "capitals"), (path,))
+    again = build(*stated.tasks, task_files=list(stated.task_files)).eval  # as a result holds it
+    assert again == stated
+    assert build("piqa").eval.task_files == ()
+
+
+def test_a_grid_and_its_tuning_know_the_task(tmp_path: Path) -> None:
+    path = str(write_capitals(tmp_path))
+    rule = {"values": [1e-3, 1e-2], "seed": 9, "select": "bpb_heldout.bpb"}
+    stated = grid.Grid(pairs=["tiny"], rows=["sft"], eval={"tasks": [path]}, tuning=rule)
+    (line,) = grid.lines(stated, request.build_spec, {})
+    assert line.spec.eval.tasks == ("capitals",)
+    rule["select"] = "capitals.acc"
+    with pytest.raises(UserError, match="about the same items of capitals"):
+        grid.lines(
+            stated.model_copy(update={"tuning": grid.Tuning(**rule)}), request.build_spec, {}
+        )
+
+
+class TestIdentity:
+    @pytest.fixture(autouse=True)
+    def _task(self, folder: Path) -> None:  # noqa: F811
+        Path("here").mkdir()
+        write_capitals(Path("here"))
+
+    def id_of(self, path: str) -> str:
+        return cell_id(groups=replaced("piqa,", f"{path},"))
+
+    def test_where_the_file_lies_does_not_count(self) -> None:
+        before = self.id_of("here/capitals.yaml")
+        shutil.move("here", "there")
+        assert self.id_of("./there/capitals.yaml") == before
+        assert self.id_of(str(Path("there/capitals.yaml").resolve())) == before
+
+    @pytest.mark.parametrize(
+        ("name", "old", "new"),
+        [
+            ("capitals.yaml", "The capital", "The old capital"),
+            ("capitals.jsonl", "Lyon", "Nice"),
+            ("scores.py", "abs(nats[0] - nats[1])", "0.0"),
+        ],
+    )
+    def test_what_it_holds_and_names_counts(self, name: str, old: str, new: str) -> None:
+        before = self.id_of("here/capitals.yaml")
+        path = Path("here", name)
+        path.write_text(path.read_text().replace(old, new, 1))
+        assert self.id_of("here/capitals.yaml") != before
+
+    def test_what_it_includes_counts(self) -> None:
+        Path("here/outer.yaml").write_text("include: capitals.yaml\ntask: outer\n")
+        outer, included = Path("here/outer.yaml"), Path("here/capitals.yaml")
+        found = set()
+        for text in (
+            included.read_text(),
+            included.read_text().replace("The capital", "A capital"),
+        ):
+            included.write_text(text)
+            found.add(task_content(["outer"], None, [outer])["outer"])
+        Path("here/scores.py").write_text(SCORES.replace("abs", "-abs"))
+        found.add(task_content(["outer"], None, [outer])["outer"])
+        assert len(found) == 3
+
+    def test_data_that_lm_eval_loads_by_itself_counts(self) -> None:
+        own = Path("plain.yaml")
+        own.write_text(
+            "task: plain\ndataset_path: json\ntest_split: test\n"
+            "dataset_kwargs: {data_files: {test: here/capitals.jsonl}}\n"
+        )
+        before = task_content(["plain"], None, [own])
+        Path("here/capitals.jsonl").write_text("{}\n")
+        assert task_content(["plain"], None, [own]) != before
+
+    def test_it_leaves_the_other_tasks_alone(self) -> None:
+        own = Path("here/capitals.yaml")
+        assert task_content(["piqa"], None, [own]) == task_content(["piqa"])
+
+
+def test_it_is_evaluated_and_looked_for_in_the_corpus(tmp_path: Path) -> None:
+    path = write_capitals(tmp_path)
+    tokenizer = bpe_tokenizer()
+    asked = EvaluationRequest(tiny_model(tokenizer), tokenizer, ("capitals",), extra_tasks=(path,))
+    found = evaluate(asked)
+    assert set(found.scores["capitals"]) == {"spread", "acc"}
+    assert len(found.samples["capitals"]) == 3
+    assert found.settings["tasks"]["capitals"]["metric"] == "acc"
+    assert task_texts("capitals", None, [path])[0] == "France\nParis\nLyon"
+
+
+def test_a_group_of_ones_own(tmp_path: Path) -> None:
+    leaf = write_capitals(tmp_path)
+    text = leaf.read_text().replace("task: capitals\n", "")
+    body, metadata = text.split("metadata:\n")
+    member = "".join(f"    {line}\n" for line in ["metadata:", *metadata.splitlines()])
+    group = tmp_path / "both.yaml"
+    group.write_text(
+        f"group: both\ntask:\n  - task: first\n{member}  - task: second\n{member}{body}"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
+        "metadata: {version: 1, description: Twice the same}\n"
+    )
+    tokenizer = bpe_tokenizer()
+    asked = EvaluationRequest(tiny_model(tokenizer), tokenizer, ("both",), extra_tasks=(group,))
+    rows = evaluate(asked).samples["both"]
+    assert [row["subset"] for row in rows] == ["first"] * 3 + ["second"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task: capitals\n": "task: piqa\n"}, "there is a task piqa already"),
+        ({"task: capitals\n": "task: teacher_jsd\n"}, "there is a task teacher_jsd already"),
+        ({"task: capitals\n": "task: ../capitals\n"}, "'../capitals' is no valid name"),
+        ({"task: capitals\n": ""}, "task: Field required"),
+        ({"task: capitals\n": "task: [a, b]\n"}, "a list of tasks has a `group: NAME`"),
+        ({"output_type: multiple_choice": "output_type: choice"}, "output_type: Input should be"),
+        ({"  embedded: true\n": "  embedded: true\n  needs: a lot\n"}, "metadata.needs: "),
+        ({"{test: capitals.jsonl}": "{test: nowhere.jsonl}"}, "nowhere.jsonl does not exist"),
+        ({"task: capitals\n": "task: [\n"}, "cannot be read"),
+        ({"task: capitals\n": "include: nowhere.yaml\ntask: capitals\n"}, "nowhere.yaml cannot be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_malformed_file_is_one_line(
+    changes: dict[str, str], complaint: str, tmp_path: Path
+) -> None:
+    path = write_capitals(tmp_path, changes)
+    outcome = CliRunner().invoke(
+        app, ["run", "--method", "sft", "--pair", "tiny", "--tasks", f"piqa,{path}"]
+    )
+    assert outcome.exit_code == 2
+    assert complaint in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"scores.made": "scores.missing"}, "AttributeError: Module"),
+        ({"data.embedded": "data.missing"}, "AttributeError: Module"),
+        ({"test_split: test\n": ""}, "KeyError: 'validation_split'"),
+    ],
+)
+def test_what_breaks_in_it_breaks_before_training(
+    changes: dict[str, str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_capitals(tmp_path, changes)
+    cell = ["run", "--method", "sft", "--pair", "tiny", "--budget", "1kB"]
+    outcome = CliRunner().invoke(app, [*cell, "--task", str(path)])
+    assert outcome.exit_code == 2
+    assert f"task capitals ({path}) cannot be loaded: {complaint}" in outcome.stderr
+    assert "ctdbench check" in outcome.stderr
+    assert not list(Path("runs").rglob("metrics.jsonl"))
+
+
+def test_two_files_of_one_name(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for place in (first, second):
+        place.mkdir()
+        write_capitals(place)
+    paths = [place / "capitals.yaml" for place in (first, second)]
+    with pytest.raises(UserError, match="there is a task capitals already"):
+        check_tasks(["capitals"], None, paths)
+    check_tasks(["capitals"], None, [paths[0], paths[0]])
+
+
+def test_a_file_may_include_one_of_the_projects_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"include: {task_dir()}/everyday_physics.yaml\ntask: mine\n")
+    with pytest.raises(UserError, match="lie beside it"):
+        check_tasks(["mine"], None, [path])
+    shutil.copy(task_dir() / "everyday_physics.jsonl", tmp_path)
+    assert task_texts("mine", None, [path]) == task_texts("everyday_physics")
+
+
+def test_a_table_shows_the_metric_that_the_task_names() -> None:
+    result = example("sft", {"capitals": {"spread": 1.0, "acc": 0.5}}, tasks=("capitals",))
+    result["provenance"]["evaluation"] = {"tasks": {"capitals": {"metric": "acc"}}}
+    (table,) = report.comparison({Path("cell"): result})
+    assert [column.metric for column in table.columns] == ["acc"]
