@@ -18,7 +18,7 @@ from ctdbench import registry, results
 from ctdbench.cli import app
 from ctdbench.distill import train
 from ctdbench.distill.corpus import Corpus, Document, Segment
-from ctdbench.launch.cell import decontaminated
+from ctdbench.launch.content import decontaminated
 from ctdbench.spec import EvalSpec, RunSpec
 
 SENTENCES = [

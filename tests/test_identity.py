@@ -229,7 +229,7 @@ def test_versions_of_engine_and_identity_change_the_id(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [cell_id()]
-    for name in ("ctdbench.launch.cell.ENGINE_VERSION", "ctdbench.spec.IDENTITY_VERSION"):
+    for name in ("ctdbench.launch.content.ENGINE_VERSION", "ctdbench.spec.IDENTITY_VERSION"):
         with monkeypatch.context() as patch:
             patch.setattr(name, 99)
             ids.append(cell_id())

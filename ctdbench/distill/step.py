@@ -19,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from ctdbench.distill import balance, processes
 from ctdbench.distill.batches import Batch
+from ctdbench.distill.global_batch import counts_in_advance, reduced
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import CE, Guide, Network, Terms, View
 from ctdbench.errors import RunError
 from ctdbench.method import Method, PairTables, Scalars, Term
 
-Number = TypeVar("Number", float, Tensor)
 Balance = Literal["fixed", "ratio", "gradmag"]
 ALL = "loss"  # the one gradient that fixed weights need
 
@@ -140,7 +140,9 @@ class Step:
         processes.gather(self.network)
         views = [self._views(batch, idle=idle) for batch in batches]
         views += [self._views(batches[0], idle=True) for _ in range(self._missing(len(batches)))]
-        counts = self._known_in_advance([view for group in views for view in group])
+        counts = counts_in_advance(
+            [view for group in views for view in group], self.method.needs, self.accelerator
+        )
         sums = _Sums()
         if self.balancing == "fixed":
             weights = {name: self._weight(name) for name in counts}
@@ -196,72 +198,6 @@ class Step:
             )
             for each, guide in zip(laid, self.guides, strict=True)
         ]
-
-    # --- what has to be known over the global batch before the first gradient -----------------
-
-    def _known_in_advance(self, views: Sequence[View]) -> dict[str, float]:
-        """Counts of all terms; the views learn what the method has to know of the whole batch."""
-        needs = self.method.needs
-        if needs.prepare or needs.kind == "scalars":
-            for view in views:
-                view.load_states()
-        if needs.kind == "scalars":
-            self._share_totals(views)
-        if needs.prepare:
-            self._share_prepared(views)
-        local: defaultdict[str, float] = defaultdict(float, {CE: 0.0})
-        for view in views:
-            for name, count in view.counts().items():
-                local[name] += count
-        counts = self.reduced(local)
-        for guide in self.guides:
-            totals = next(view.totals for view in views if view.guide is guide)
-            for name, total in totals.items():
-                if not total.ndim:
-                    counts[name + guide.suffix] = float(total)
-        return counts
-
-    def _share_totals(self, views: Sequence[View]) -> None:
-        for guide in self.guides:
-            own = [view for view in views if view.guide is guide]
-            sums: dict[str, Tensor] = {}
-            for view in own:
-                if view.idle:
-                    continue
-                view.load_scalars()
-                for name, total in view.own_totals().items():
-                    sums[name] = total + sums[name] if name in sums else total
-            # Objects come back on the device of the process that they were made on.
-            gathered = self.reduced({name: total.cpu() for name, total in sums.items()})
-            device = self.accelerator.device
-            totals = {name: total.to(device) for name, total in gathered.items()}
-            for view in own:
-                view.totals = totals
-
-    def _share_prepared(self, views: Sequence[View]) -> None:
-        needs = self.method.needs
-        for guide in self.guides:
-            own = [view for view in views if view.guide is guide]
-            for view in own:
-                view.prepared = view.prepare()
-            if needs.prepare == "batch":
-                stacked = torch.stack([view.prepared for view in own if view.prepared is not None])
-                join = torch.amax if needs.reduce == "max" else torch.sum
-                whole = join(self.accelerator.gather(join(stacked, dim=0)[None]), dim=0)
-                for view in own:
-                    view.prepared = whole
-
-    def reduced(self, values: Mapping[str, Number]) -> dict[str, Number]:
-        """Sums over all processes; every process knows every name."""
-        if self.accelerator.num_processes == 1:
-            return dict(values)
-        from accelerate.utils import gather_object
-
-        merged: dict[str, Number] = {}
-        for entry in gather_object([dict(values)]):
-            for name, value in entry.items():
-                merged[name] = value + merged[name] if name in merged else value
-        return merged
 
     # --- gradients ----------------------------------------------------------------------------
 
@@ -417,7 +353,7 @@ class Step:
 
     def _means(self, counts: Mapping[str, float], sums: _Sums) -> dict[str, float]:
         """Every term's mean; a count of `Method.totals` that is no term's does not appear."""
-        totals = self.reduced({CE: 0.0, **sums.totals})
+        totals = reduced({CE: 0.0, **sums.totals}, self.accelerator)
         return {
             name: total / counts[name] if counts.get(name) else 0.0
             for name, total in totals.items()
@@ -426,7 +362,7 @@ class Step:
     def _report(
         self, counts: dict[str, float], sums: _Sums, weights: Mapping[str, float]
     ) -> StepReport:
-        seen = self.reduced(sums.counts)
+        seen = reduced(sums.counts, self.accelerator)
         if self.method.needs.kind == "scalars":  # whose totals may hold more than counts
             counts = {name: count for name, count in counts.items() if name in seen}
         _check_counts(counts, seen)

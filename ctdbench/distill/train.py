@@ -18,6 +18,7 @@ from torch import nn
 from ctdbench.distill import checkpoint, processes
 from ctdbench.distill.batches import Batch, collate, micro_batches
 from ctdbench.distill.examples import Example
+from ctdbench.distill.global_batch import reduced
 from ctdbench.distill.metrics_file import MetricsFile
 from ctdbench.distill.precision import resolve
 from ctdbench.distill.setting import Setting, balancing, build_network, derived_seed, record
@@ -120,7 +121,10 @@ def train(
         balancing=balancing(spec, setting.method),
         compiled=spec.train.compile,
     )
-    if step.reduced({"step": float(done.step)})["step"] != done.step * accelerator.num_processes:
+    if (
+        reduced({"step": float(done.step)}, accelerator)["step"]
+        != done.step * accelerator.num_processes
+    ):
         raise RunError(
             f"the processes find different checkpoints under {folder}",
             "put --store where all machines see it",
@@ -229,7 +233,7 @@ class _Loop:
 
     def _count(self, mine: Sequence[Example], written: Mapping[str, int]) -> None:
         """Text, tokens and what the student wrote at this step, over all processes."""
-        for name, count in self.step.reduced(dict(written)).items():
+        for name, count in reduced(dict(written), self.accelerator).items():
             self.done.generated[name] = self.done.generated.get(name, 0) + int(count)
         taught = [side for example in mine for side in (example, *example.others)]
         counted = {
@@ -237,7 +241,7 @@ class _Loop:
             "student_tokens": sum(len(example.student.chunk) for example in mine),
             "teacher_tokens": sum(len(example.teacher.chunk) for example in taught),
         }
-        for name, count in self.step.reduced(counted).items():
+        for name, count in reduced(counted, self.accelerator).items():
             setattr(self.done, name, getattr(self.done, name) + int(count))
 
     def _moving_weights(self, report: StepReport) -> dict[str, float]:
@@ -263,7 +267,9 @@ class _Loop:
 
     def _checkpoint(self, *, stop: bool) -> None:
         """Where one is due: every so many steps, before the evaluation, and before stopping."""
-        stop = self.step.reduced({"stop": float(stop)})["stop"] > 0  # all processes, or none
+        stop = (
+            reduced({"stop": float(stop)}, self.accelerator)["stop"] > 0
+        )  # all processes, or none
         every, step = self.spec.train.checkpoint_every, self.done.step
         if stop or (every and (step % every == 0 or step == self.steps)):
             self.metrics.flush()

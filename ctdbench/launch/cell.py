@@ -25,8 +25,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from ctdbench import registry, results
-from ctdbench.distill import models, processes, references, train
+from ctdbench import results
+from ctdbench.distill import models, processes, train
 from ctdbench.distill.corpus import Corpus, load_corpus, training_order
 from ctdbench.distill.examples import build_examples
 from ctdbench.distill.models import Side
@@ -40,17 +40,13 @@ from ctdbench.evaluate import (
     EvaluationRequest,
     evaluate,
     on_running_text,
-    shared_ngrams,
-    task_content,
-    task_texts,
 )
 from ctdbench.launch import kept
+from ctdbench.launch.content import ENGINE_VERSION, content, decontaminated, teacher_name
 from ctdbench.launch.lock import exclusive, is_locked
 from ctdbench.launch.provenance import now, provenance, without_private
 from ctdbench.method import create
 from ctdbench.spec import ModelSpec, RunSpec, TrainSpec
-
-ENGINE_VERSION = 1  # raised when a change to the engine changes numbers
 
 
 def run_cell(
@@ -240,7 +236,7 @@ class Cell:
         tables = pair_tables(pair.student, side)
         drawn = {name: value for name, value in stated.identity().items() if name != "weight"}
         identity = json.dumps(
-            [self.content[_teacher_name(index)], ENGINE_VERSION, drawn], sort_keys=True
+            [self.content[teacher_name(index)], ENGINE_VERSION, drawn], sort_keys=True
         )
         teacher = Teacher(side, tables.teacher_trie, precision, identity)
         suffix = f"@{index + 1}" if index else ""
@@ -339,55 +335,3 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
             if progress:
                 print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
             own.evaluate(pair.baseline(method), pair, {})
-
-
-def decontaminated(
-    corpus: Corpus, spec: RunSpec, data_dir: Path | None
-) -> tuple[Corpus, list[str]]:
-    """The corpus without what would let an evaluation measure memory, and notes of what went.
-
-    Training documents that share a 13-gram with an item of a requested task are left out, and then
-    held-out documents that share one with what is left to train on.
-    """
-    notes = []
-    train_split = list(corpus.train)
-    for task in spec.eval.tasks:
-        texts = (document.text for document in train_split)
-        leaked = shared_ngrams(task_texts(task, data_dir, spec.eval.extra_tasks), texts).documents
-        if leaked:
-            notes.append(f"{len(leaked)} training documents left out: a 13-gram of {task}")
-            train_split = [d for index, d in enumerate(train_split) if index not in leaked]
-    held_out = [document.text for document in corpus.held_out]
-    known = shared_ngrams(held_out, (document.text for document in train_split)).items
-    if known:
-        notes.append(f"{len(known)} held-out documents left out: a 13-gram of the training split")
-    kept = tuple(d for index, d in enumerate(corpus.held_out) if index not in known)
-    return replace(corpus, train=tuple(train_split), held_out=kept), notes
-
-
-def content(spec: RunSpec, corpus: Corpus, data_dir: Path | None) -> dict[str, str]:
-    """Hashes of everything that the spec names and that can change the result."""
-    pair = spec.pair
-    named = {"corpus": corpus.fingerprint, "engine": str(ENGINE_VERSION)}
-    sides: dict[str, ModelSpec] = {"student": pair.student}
-    sides |= {_teacher_name(index): side for index, side in enumerate(pair.teachers)}
-    for role, side in sides.items():
-        parts = [side.model, *([side.tokenizer] if side.tokenizer else [])]
-        found = [references.content(references.parse(text)) for text in parts]
-        named[role] = "+".join(found)
-    if not results.is_baseline(spec.method):
-        named["method"] = _method_code(spec.method)
-    tasks = task_content(spec.eval.tasks, data_dir, spec.eval.extra_tasks)
-    return named | {f"task:{name}": digest for name, digest in tasks.items()}
-
-
-def _teacher_name(index: int) -> str:
-    return results.baselines(index + 1)[index]
-
-
-def _method_code(name: str) -> str:
-    info = registry.methods()[name]
-    parts = [references.known_fingerprint(info.file)] if info.file is not None else []
-    if (point := info.entry_point) is not None:
-        parts.append(f"{point.value}@{point.dist.version if point.dist else 'unknown'}")
-    return "+".join(parts)

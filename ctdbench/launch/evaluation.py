@@ -30,7 +30,8 @@ from ctdbench.evaluate import (
 )
 from ctdbench.evaluate.ensemble import Average, Ensemble, require_one_vocabulary
 from ctdbench.launch import kept
-from ctdbench.launch.cell import LoadedPair, decontaminated
+from ctdbench.launch.cell import LoadedPair
+from ctdbench.launch.content import decontaminated
 from ctdbench.results import Result
 from ctdbench.spec import EvalSpec, ModelSpec, RunSpec
 

@@ -187,7 +187,8 @@ def _baselines(spec: RunSpec) -> str:
 def places(cells: Iterable[GridCell], store: Path) -> list[Place]:
     """Every cell once, with its folder; loads every text once."""
     from ctdbench.distill.corpus import load_corpus
-    from ctdbench.launch.cell import Cell, decontaminated
+    from ctdbench.launch.cell import Cell
+    from ctdbench.launch.content import decontaminated
 
     texts: dict[tuple[Any, ...], tuple[Corpus, list[str]]] = {}
     found = []
