@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ctdbench.distill import byte_beam
-from ctdbench.distill.byte_beam import Context, TreeScorer, beam_distributions, plain_forward
+from ctdbench.distill import byte_beam, tree_scorer
+from ctdbench.distill.byte_beam import beam_distributions
+from ctdbench.distill.tree_scorer import Context, TreeScorer, plain_forward
 from ctdbench.text.vocabulary import ByteTrie
 
 BOS = 0
@@ -82,7 +84,8 @@ def test_light_pruning_is_close_to_exact() -> None:
     assert distance.mean() < 0.05
 
 
-def test_only_survivors_are_scored() -> None:
+def test_only_survivors_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_beam, "AHEAD", 0)
     model, calls = random_model(5), []
 
     def counting(contexts: list[tuple[int, ...]]) -> Tensor:
@@ -176,8 +179,8 @@ def tiny(family: str) -> Any:
 def test_tree_attention_equals_plain_forwards(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, trie = tiny(family), ByteTrie(VOCABULARY)
     texts = [b"abcabcaabbcabcab" * 2, b"cab" * 7]
-    assert isinstance(byte_beam._scorer(model, trie.size), TreeScorer)
-    monkeypatch.setattr(byte_beam, "SPARE_SLOTS", 4)  # so that the cache is compacted
+    assert isinstance(tree_scorer.scorer_of(model, trie.size), TreeScorer)
+    monkeypatch.setattr(tree_scorer, "SPARE_SLOTS", 4)  # so that the cache is compacted
     tree = torch.cat(beam_distributions(model, trie, texts, [BOS, 5]))
     plain = torch.cat(beam_distributions(plain_forward(model, trie.size), trie, texts, [BOS, 5]))
     torch.testing.assert_close(tree, plain, rtol=1e-4, atol=1e-5)
@@ -190,15 +193,15 @@ def test_a_tree_of_contexts_is_scored_in_one_forward_and_survives_compaction(
 ) -> None:
     model = tiny("gemma3")
     scorer, plain = TreeScorer(model, 11), plain_forward(model, 11)
-    monkeypatch.setattr(byte_beam, "SPARE_SLOTS", 0)
+    monkeypatch.setattr(tree_scorer, "SPARE_SLOTS", 0)
     root = Context((BOS, 1, 2))
     scorer.log_probabilities([root])
-    children = [root.extended([token], 1) for token in range(1, 9)]
+    children = [root.child(token, 1) for token in range(1, 9)]
     scorer.log_probabilities(children)
     scorer.keep(children[6:])
     assert scorer.length == 5
     grandchildren = [
-        child.extended(tokens, 4)
+        reduce(lambda context, token: context.child(token, 4), tokens, child)
         for child, tokens in itertools.product(children[6:], [[1], [2, 3, 4], [4, 5]])
     ]
     expected = plain([context.tokens for context in grandchildren])
@@ -210,4 +213,4 @@ def test_a_tree_of_contexts_is_scored_in_one_forward_and_survives_compaction(
 def test_an_unknown_architecture_is_scored_without_a_tree() -> None:
     model = tiny("llama")
     model.config.model_type = "something-else"
-    assert not isinstance(byte_beam._scorer(model, 11), TreeScorer)
+    assert not isinstance(tree_scorer.scorer_of(model, 11), TreeScorer)

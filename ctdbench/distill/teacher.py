@@ -124,4 +124,8 @@ class Teacher:
                 "method.bytes: beam needs a teacher whose tokenizer has a BOS token",
                 "use method.bytes=mixed",
             )
-        return beam_distributions(self.side.model, self.trie, texts, [bos])
+        return beam_distributions(self.side.model, self.trie, texts, [bos], encode=self._ids)
+
+    def _ids(self, text: bytes) -> list[int]:
+        ids: list[int] = self.side.tokens.encode(text).ids.tolist()
+        return ids
