@@ -13,7 +13,7 @@ DEMO := --pair smol-mistral --budget 50kB --limit 10
 STORE ?= results
 OUT ?= build/results
 
-.PHONY: install demo results docs test test-all coverage lint types audit bench-peers clean
+.PHONY: install demo results docs notebooks test test-all coverage lint types audit bench-peers clean
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ endif
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Runs all notebooks and keeps what they show; with real models, so minutes.
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py
 
 # Lines of the methods and of text/, by the tests of both.
 coverage: $(STAMP)

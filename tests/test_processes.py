@@ -23,8 +23,7 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 from typer.testing import CliRunner
 
 from ctdbench.cli import app
-from ctdbench.distill import processes
-from ctdbench.distill.step import Step
+from ctdbench.distill import processes, train
 from ctdbench.errors import RunError, UserError
 from ctdbench.launch import cell
 
@@ -90,10 +89,10 @@ def test_every_process_loads_its_weights(
 def test_processes_that_see_different_stores_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reduced(_: Step, values: dict[str, float]) -> dict[str, float]:
+    def reduced(values: dict[str, float], _: Any) -> dict[str, float]:
         return {name: value + 2.0 for name, value in values.items()}  # the other is at step 2
 
-    monkeypatch.setattr(Step, "reduced", reduced)
+    monkeypatch.setattr(train, "reduced", reduced)
     with pytest.raises(RunError, match="different checkpoints"):
         train_once(run_spec("sft"), tmp_path)
 

@@ -137,3 +137,12 @@ def test_load_has_one_row_per_cell_task_and_metric(tmp_path: Path) -> None:
     assert (row["value"], row["stderr"], row.budget, row.limit) == (1.25, 0.01, 60_000, 24)
     assert (row.pair, row.corpus, row.train_seconds) == ("smol-mistral", "embedded", 100.0)
     assert math.isnan(frame[frame.seed == 3].iloc[0]["value"])
+
+
+def test_load_reads_runs_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_example(tmp_path / "runs", example("sft", SCORES))
+    monkeypatch.chdir(tmp_path)
+    assert results.load().equals(results.load(tmp_path / "runs"))
+    assert len(results.load()) == sum(map(len, SCORES.values()))
