@@ -55,6 +55,7 @@ META = {
     "year": 2025,
     "needs": ["teacher logits"],
     "cost": "one softmax a side",
+    "ce": False,  # as published
     "floor": "minimum",
     "exceptions": {
         "floor if hidden_projection=always": "the projection of the states starts at random",

@@ -40,6 +40,7 @@ META = {
     "needs": ["teacher logits"],
     "cost": "one softmax, one scatter",
     "on_policy": True,
+    "ce": False,  # as published
     "floor": "zero",
 }
 

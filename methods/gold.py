@@ -43,6 +43,7 @@ META = {
     "cost": "one sort a side",
     "on_policy": True,
     "url": "https://github.com/huggingface/trl",
+    "ce": False,  # as published
     "floor": "zero",
 }
 

@@ -26,6 +26,7 @@ META = {
     "year": 2015,
     "needs": ["teacher logits", "one tokenizer"],
     "cost": "one softmax a side",
+    "ce": False,  # as published
     "floor": "zero",
 }
 

@@ -39,6 +39,7 @@ META = {
     "needs": ["teacher logits"],
     "cost": "one softmax a side",
     "on_policy": True,
+    "ce": False,  # as published
     "floor": "zero",
 }
 

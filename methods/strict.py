@@ -30,6 +30,7 @@ META = {
     "needs": ["teacher logits"],
     "cost": "one top-k a side",
     "on_policy": True,
+    "ce": False,  # as published
     "floor": "zero",
 }
 

@@ -44,6 +44,12 @@ def test_every_shipped_method_says_what_it_is() -> None:
         assert str(info.meta["title"]).lower().startswith(name.split("-")[0]), name
 
 
+def test_a_method_published_without_cross_entropy_says_so() -> None:
+    for name, info in registry.methods().items():
+        options = registry.load_method(name).Options()
+        assert (options.ce_weight == 0) == (info.meta.get("ce") is False), name
+
+
 def test_a_shipped_method_loads_by_name() -> None:
     assert registry.load_method("sft").__name__ == "SFT"
 

@@ -87,6 +87,17 @@ def test_rows_of_one_method_are_told_apart_by_what_differs() -> None:
     assert labels == {"uld alignment=positions", "uld alignment=chunks", "bld learning_rate=0.0003"}
 
 
+def test_a_row_says_that_it_has_a_cross_entropy_which_was_not_published() -> None:
+    weights = {"gold": (0.0, 1.0, 0.5), "uld": (1.0,), "h-kl": (0.1,)}
+    cells = [
+        example(name, bpb(1.0), options={"ce_weight": weight})
+        for name in weights
+        for weight in weights[name]
+    ]
+    labels = {row.label.replace(" (off-policy)", "") for row in only(cells).rows}
+    assert labels == {"gold", "gold+ce", "gold+0.5ce", "uld", "h-kl"}
+
+
 def test_notes_tell_only_the_options_in_which_rows_differ() -> None:
     options = {
         "bld": {"ce_weight": 1.0, "kl_weight": 0.1, "slots": 10},
@@ -95,7 +106,7 @@ def test_notes_tell_only_the_options_in_which_rows_differ() -> None:
         "sft": {},
     }
     table = only([example(name, bpb(1.0), options=chosen) for name, chosen in options.items()])
-    assert "kl_weight: 0.1 in bld, kd; 0.5 in uld." in table.notes
+    assert "kl_weight: 0.1 in bld, kd+ce; 0.5 in uld." in table.notes
     assert not any(name in "".join(table.notes) for name in ("ce_weight", "slots", "temperature"))
 
 

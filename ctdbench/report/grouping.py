@@ -78,8 +78,9 @@ def variants(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> dict[s
 
     Seeds that an older code of the method trained are no seeds of the row.
 
-    A label names the method, the option that its META calls `row` (`bld[mixed]`), the training
-    settings that are not the default, and the options in which rows of the method differ.
+    A label names the method, the option that its META calls `row` (`bld[mixed]`), cross-entropy
+    where its META says that it was published without (`gold+ce`), the training settings that are
+    not the default, and the options in which rows of the method differ.
 
     known: `registry.methods()`.
     """
@@ -111,6 +112,9 @@ def row_label(spec: Mapping[str, Any], known: Mapping[str, MethodInfo]) -> str:
     option = info.meta.get("row") if info else None
     value = spec["options"].get(option) if option else None
     name += f"[{value}]" if value is not None else ""
+    weight = spec["options"].get("ce_weight", 0.0)
+    if weight and info and info.meta.get("ce") is False:  # the published loss has none
+        name += "+ce" if weight == 1 else f"+{weight:g}ce"
     name += " (seqkd)" if name == "sft" and is_teachers_text(spec) else ""
     chosen = _train_choices(spec)
     if info and info.meta.get("on_policy"):  # as published; the row says what was done here
