@@ -27,6 +27,7 @@ RESULT_VERSION = 1
 RESULT, METRICS, CHECKPOINTS = "result.json", "metrics.jsonl", "checkpoints"
 MODEL = "model"  # the trained student, where it was asked to be kept
 TRACKING = "tracking"  # what a tracker that was asked for keeps on disk
+TRIALS = "trials"  # below a store: one of its own for cells that settings were chosen by
 START, TEACHER = "start", "teacher"
 State = Literal["absent", "resumable", "failed", "done"]
 Scores = dict[str, dict[str, float | None]]

@@ -25,7 +25,7 @@ FOLDER = ROOT / "notebooks"
 REAL = {"quickstart", "reproducing-a-table"}  # on the pair smol-mistral
 NAMES = sorted({"adding-a-method", "reading-results"} | REAL)
 LARGEST = 200_000  # bytes of a file
-PLACES = r"/(?:home|root|Users|tmp|work|var|opt|mnt|private)/|[A-Z]:\\\\"
+PLACES = r"/(?:home|root|Users|tmp|work|var|opt|mnt|private)/|[A-Z]:\\"
 READ = {name: nbformat.read(FOLDER / f"{name}.ipynb", as_version=4) for name in NAMES}
 
 notebooks = pytest.mark.parametrize("name", NAMES)

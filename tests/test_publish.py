@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from example_results import example, store_example
+from typer.testing import CliRunner
 
 from ctdbench import registry, report, results
+from ctdbench.cli import app
 from ctdbench.distill import references
 from ctdbench.errors import UserError
 from ctdbench.launch import sweep
-from ctdbench.launch.publish import publish
+from ctdbench.launch.publish import publish, publish_all
 from ctdbench.results import Result
 from ctdbench.spec import RunSpec
 
@@ -58,6 +60,21 @@ def test_a_published_cell_makes_the_table_of_its_store(store: Path, tmp_path: Pa
     assert sorted(p.name for p in copy.rglob("*")) == [
         "bpb_heldout.jsonl.gz", "metrics.jsonl", "result.json", "samples",
     ]  # fmt: skip
+
+
+def test_all_that_is_new_is_published_with_its_trials(store: Path, tmp_path: Path) -> None:
+    for method, values in VALUES.items():
+        put(store / results.TRIALS, method, values, seed=1000 if method == "bld" else 0)
+    target = tmp_path / "results"
+    names = {"start", "teacher", "bld"}
+    assert {path.parent.name for path in publish_all(store, target)} == names
+    assert len(results.find(target)) == len(results.find(target / results.TRIALS)) == 3
+    assert publish_all(store, target) == []
+    put(store, "sft", [1.0, 1.1, 1.2])
+    assert {path.parent.name for path in publish_all(store, target)} == {"start", "teacher", "sft"}
+    assert len(results.find(target)) == 4
+    done = CliRunner().invoke(app, ["publish", "--store", str(store), "--to", str(target)])
+    assert (done.exit_code, done.output) == (0, "")
 
 
 def test_publishing_again_changes_no_byte(store: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ctdbench.cli import app
 from ctdbench.distill import references
 from ctdbench.launch import local, provenance
 from ctdbench.launch.local import Ended, Job
-from ctdbench.launch.sweep import TRIALS, Sweep
+from ctdbench.launch.sweep import Sweep
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_every_row_takes_the_value_that_its_own_trials_chose(tmp_path: Path) -> 
 def test_trials_are_kept_but_are_in_no_table(tmp_path: Path) -> None:
     tuned_sweep(tmp_path, lambda rate, method: rate)
     assert {result["spec"]["seed"] for result in results.find(tmp_path).values()} == {0, 1}
-    assert len(results.find(tmp_path / TRIALS)) == 6
+    assert len(results.find(tmp_path / results.TRIALS)) == 6
 
 
 def test_a_higher_score_is_better_where_more_is() -> None:

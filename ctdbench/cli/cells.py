@@ -154,13 +154,17 @@ def reproduce(
 
 @app.command()
 def publish(
-    cell: Annotated[str, typer.Argument(help="A cell's id, or how it begins.")],
+    cell: Annotated[str, typer.Argument(help="A cell's id, or how it begins; none: all.")] = "",
     store: Store = DEFAULT_STORE,
     to: Annotated[Path, typer.Option(help="Folder of published cells.")] = Path("results"),
     debug: Debug = False,
 ) -> None:
-    """Copy a checked cell and its baselines to where they are committed."""
-    from ctdbench.launch.publish import publish as copy
+    """Copy checked cells and their baselines to where they are committed.
 
-    for folder in copy(store, cell, to):
+    Without a cell: all that are not there yet, and the trials of sweeps.
+    """
+    from ctdbench.launch.publish import publish as copy
+    from ctdbench.launch.publish import publish_all
+
+    for folder in copy(store, cell, to) if cell else publish_all(store, to):
         typer.echo(folder)

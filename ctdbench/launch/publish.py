@@ -19,7 +19,7 @@ from ctdbench.errors import UserError
 from ctdbench.evaluate import outcomes
 from ctdbench.report import grouping
 from ctdbench.report.outcomes import Samples
-from ctdbench.results import Result
+from ctdbench.results import TRIALS, Result
 from ctdbench.spec import RunSpec
 
 LOCAL = ("dir:", "jsonl:")  # references that mean something on one machine only
@@ -39,6 +39,20 @@ def publish(store: Path, cell: str, target: Path) -> list[Path]:
         if fault := _fault(result, samples):
             raise UserError(f"{path} cannot be published: {fault[0]}", fault[1])
     return [_copy(path, result, target) for path, result in chosen.items()]
+
+
+def publish_all(store: Path, target: Path) -> list[Path]:
+    """Every finished cell of a method that is not in `target` yet, and trials likewise; see above.
+
+    What was published before one that cannot be stays.
+    """
+    folders: list[Path] = []
+    for own, there in ((store, target), (store / TRIALS, target / TRIALS)):
+        known = {result["id"] for result in results.find(there).values()}
+        for result in results.find(own).values():
+            if result["id"] not in known and not results.is_baseline(result["spec"]["method"]):
+                folders += publish(own, result["id"], there)
+    return list(dict.fromkeys(folders))
 
 
 def _baselines(found: Mapping[Path, Result], cell: Result) -> dict[Path, Result]:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ctdbench.distill.corpus import Corpus
     from ctdbench.launch.cell import Cell
 
-TRIALS = "trials"
 # A log holds all that a cell's process says, folders of this machine included: it stays here.
 REQUEST, LOG = "request.yaml", "log.txt"
 # Removed to compute a cell anew.
@@ -105,7 +104,7 @@ class Sweep:
     def trials(self) -> list[Place]:
         """Every trial once."""
         cells = [cell for line in self.lines for cell in line.trials]
-        return places(cells, self.store / TRIALS)
+        return places(cells, self.store / results.TRIALS)
 
     def tuned(self) -> list[Tuned]:
         """By line, what its trials say by now."""
