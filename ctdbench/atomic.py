@@ -138,8 +138,8 @@ def _temporary(path: Path) -> Path:
 def _rename(folder: Path, path: Path) -> None:
     try:
         folder.rename(path)
-    except OSError:
-        if not path.is_dir():
+    except OSError as error:  # another one came first
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
 

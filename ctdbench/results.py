@@ -27,6 +27,7 @@ RESULT_VERSION = 1
 RESULT, METRICS, CHECKPOINTS = "result.json", "metrics.jsonl", "checkpoints"
 MODEL = "model"  # the trained student, where it was asked to be kept
 TRACKING = "tracking"  # what a tracker that was asked for keeps on disk
+REQUEST = "request.yaml"  # what a sweep gave `run`
 TRIALS = "trials"  # below a store: one of its own for cells that settings were chosen by
 START, TEACHER = "start", "teacher"
 State = Literal["absent", "resumable", "failed", "done"]
@@ -217,6 +218,11 @@ def state(folder: Path) -> State:
     if (folder / RESULT).is_file():
         return read_result(folder / RESULT)["status"]
     return "resumable" if any((folder / CHECKPOINTS).glob("step-*")) else "absent"
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a cell kept its weights."""
+    return (folder / MODEL).is_dir()
 
 
 def find(

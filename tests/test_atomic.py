@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctdbench import atomic
+from ctdbench.errors import RunError
 
 WRITES = """
 import sys
@@ -93,3 +94,16 @@ def test_nothing_but_the_cache_is_tidied(cache: Path, tmp_path: Path, writer: Wr
     atomic.write_bytes(tmp_path / "b", b"")
     assert (tmp_path / ".result.json.0123abcd.tmp").exists()
     assert not (tmp_path / atomic.LOCK).exists()
+
+
+def test_a_folder_that_came_first_stays_and_nothing_else_hides_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "file").write_text("first")
+    with atomic.new_folder(tmp_path / "first") as folder:
+        (folder / "file").write_text("second")
+    assert (tmp_path / "first" / "file").read_text() == "first"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(RunError, match="link"), atomic.new_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("lost")
+    assert not list(tmp_path.glob(".*"))

@@ -15,8 +15,8 @@ import pytest
 from crash_driver import Driver, Ended
 
 from ctdbench import results
-from ctdbench.launch.sweep import LOG, REQUEST
-from ctdbench.results import CHECKPOINTS, METRICS, RESULT
+from ctdbench.launch.sweep import LOG
+from ctdbench.results import CHECKPOINTS, METRICS, REQUEST, RESULT
 
 SENTENCES = [
     f"The {animal} counts {number} stones, then {number + 3} more, and writes the sum down."

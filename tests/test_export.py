@@ -22,7 +22,11 @@ from typer.testing import CliRunner
 from ctdbench import results
 from ctdbench.cli import app
 from ctdbench.distill import saving
+from ctdbench.distill.licences import licence
+from ctdbench.distill.references import parse
 from ctdbench.evaluate.task_files import task_dir
+from ctdbench.launch import card
+from ctdbench.spec import ModelSpec, RunSpec
 
 TASKS = "bpb_pydoc,bpb_heldout,teacher_jsd,arithmetic_word,everyday_physics"
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -137,6 +141,23 @@ def test_the_card_says_what_the_model_is(exported: Path, place: Path) -> None:
     ):  # fmt: skip
         assert told in text
     assert str(place) not in text
+
+
+def test_a_parent_that_is_not_here_has_no_licence(tmp_path: Path) -> None:
+    for text in ("wheel:no-such-distribution/model.gguf", f"dir:{tmp_path}/gone"):
+        assert licence(parse(text)) is None
+
+
+def test_a_card_tells_a_sides_names_and_no_folders() -> None:
+    side = ModelSpec(model="dir:/data/my models/llama", tokenizer="hub:Qwen/Qwen2-0.5B")
+    spec = RunSpec.model_validate(
+        {
+            "method": "sft",
+            "pair": {"name": "p", "student": side, "teachers": [{"model": "hub:a/b"}]},
+        }
+    )
+    facts = [value for key, value in card._facts(spec) if key in ("student", "teacher")]
+    assert facts == ["dir:llama under hub:Qwen/Qwen2-0.5B", "hub:a/b"]
 
 
 def test_weights_can_be_rounded(place: Path, exported: Path) -> None:

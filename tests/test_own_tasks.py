@@ -194,6 +194,14 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
     check_tasks(["capitals"], None, [paths[0], paths[0]])
 
 
+def test_a_file_is_itself_by_whatever_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_capitals(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    check_tasks(["capitals"], None, [path, Path(path.name)])
+    monkeypatch.chdir(task_dir())
+    check_tasks(["everyday_physics"], None, [Path("everyday_physics.yaml")])
+
+
 def test_a_file_may_include_one_of_the_projects_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"include: {task_dir()}/everyday_physics.yaml\ntask: mine\n")

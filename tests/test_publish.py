@@ -95,7 +95,7 @@ def test_the_folder_of_the_data_is_not_told(store: Path, tmp_path: Path) -> None
     folder, result = cell(store)
     result["spec"]["eval"]["data_dir"] = "/somewhere/of/mine"
     results.write_json_atomic(folder / "result.json", result)
-    for name in (sweep.REQUEST, sweep.LOG):  # what a sweep leaves beside a result
+    for name in (results.REQUEST, sweep.LOG):  # what a sweep leaves beside a result
         (folder / name).write_text("/somewhere/of/mine")
     publish(store, result["id"], tmp_path / "results")
     files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]

@@ -121,6 +121,17 @@ def test_trials_change_what_tuning_says_and_nothing_else(tmp_path: Path) -> None
         assert cell.spec.options == line.spec.options
 
 
+def test_a_done_cell_without_the_weights_it_is_to_keep_is_due(tmp_path: Path) -> None:
+    sweep, _ = tuned_sweep(tmp_path, lambda rate, method: rate, tuning=None, seeds=1, rows=["sft"])
+    assert states(sweep) == ["done"]
+    (line,) = lines_of(tuning=None, seeds=1, rows=["sft"], train={"keep_model": True})
+    keeping = Sweep([line], tmp_path)
+    assert states(keeping) == ["absent"]
+    (place,) = keeping.finals()
+    (place.cell.folder / results.MODEL).mkdir()
+    assert states(keeping) == ["done"]
+
+
 def states(sweep: Sweep) -> list[str]:
     return [place.state for place in sweep.finals()]
 

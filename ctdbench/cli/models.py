@@ -48,8 +48,8 @@ def evaluate(
 ) -> None:
     """Score a kept cell, a model, or an average of several, without training.
 
-    A cell is evaluated as it was, unless asked otherwise. Cells keep their model by run
-    --keep-model; the baselines start and teacher have theirs in any case.
+    A cell is evaluated as it was; with --tasks on all items, or on --limit of them. Cells keep
+    their model by run --keep-model; the baselines start and teacher have theirs in any case.
     """
     from ctdbench import request, results
 
@@ -77,8 +77,9 @@ def _show(found: Evaluation) -> None:
     for task, metrics in found.scores.items():
         for metric, value in metrics.items():
             error = found.stderr[task].get(metric)
-            told = f" ± {error:.4f}" if error is not None else ""
-            typer.echo(f"{task:{width}}  {metric:20}  {value:.4f}{told}")
+            told = f"standard error {error:.4f}, " if error is not None else ""
+            items = f"{len(found.samples[task])} items"
+            typer.echo(f"{task:{width}}  {metric:20}  {value:.4f}  ({told}{items})")
 
 
 def _record(found: Evaluation) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def export(
         typer.Option(metavar="ORG/NAME", help="Upload the folder to the hub, too; private if new."),
     ] = None,
     store: Store = DEFAULT_STORE,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Write a kept cell's model, tokenizer and model card, for transformers and lm-eval.
@@ -109,7 +111,9 @@ def export(
     """
     from ctdbench.launch import export as launcher
 
-    launcher.export(store, cell, to, dtype=dtype, repository=push)
+    launcher.export(
+        store, cell, to, dtype=dtype, repository=push, trust_remote_code=trust_remote_code
+    )
     typer.echo(to)
     if push:
         typer.echo(launcher.push(to, push))

@@ -76,9 +76,9 @@ def _tokenizer(spec: ModelSpec) -> str:
     return spec.tokenizer or spec.model
 
 
-def tokenizer_side(spec: ModelSpec) -> Side:
+def tokenizer_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
     """A side without a model: alignment and tables ask for none."""
-    tokenizer = models.load_tokenizer(_tokenizer(spec))
+    tokenizer = models.load_tokenizer(_tokenizer(spec), trust_remote_code=trust_remote_code)
     return Side(None, tokenizer, TokenBytes(tokenizer), Specials.of(tokenizer))
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from ctdbench.distill.references import HUB_TIMEOUT_SECONDS, Reference, folder
+from ctdbench.distill.references import HUB_TIMEOUT_SECONDS, Reference
 
 
 def licence(reference: Reference) -> str | None:
-    """A line such as `Apache-2.0`; None where nothing is stated or the hub cannot be had."""
+    """A line such as `Apache-2.0`; None where nothing is stated or what states it cannot be had."""
     if reference.kind == "wheel":
-        stated = metadata.metadata(reference.name).json
-        return _line(stated.get("license_expression") or stated.get("license"))
+        return _of_wheel(reference.name)
     if reference.kind == "hub":
         return _of_hub(reference)
     if reference.kind == "dir":
-        return _of_card(folder(reference) / "README.md")
+        return _of_card(Path(reference.name).expanduser() / "README.md")
     return "Apache-2.0"  # made by ctdbench itself
+
+
+def _of_wheel(distribution: str) -> str | None:
+    try:
+        stated = metadata.metadata(distribution).json
+    except metadata.PackageNotFoundError:
+        return None
+    return _line(stated.get("license_expression") or stated.get("license"))
 
 
 def _of_hub(reference: Reference) -> str | None:

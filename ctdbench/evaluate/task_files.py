@@ -113,7 +113,7 @@ def task_files(extra_tasks: Iterable[Path] = ()) -> dict[str, Path]:
             files[name] = path
     for path in extra_tasks:
         name = task_name(path)
-        if name in WITHOUT_FILE or files.get(name, path) != path:
+        if name in WITHOUT_FILE or files.get(name, path).resolve() != path.resolve():
             raise UserError(
                 f"task file {path}: there is a task {name} already", "give it another name"
             )

@@ -20,7 +20,7 @@ from ctdbench.report.formats.markdown import escape
 from ctdbench.results import Result
 from ctdbench.spec import ModelSpec, RunSpec, format_bytes
 
-LOCAL = re.compile(r"(dir|jsonl):.*/(?=.)")  # of a path only the last name is told
+LOCAL = re.compile(r"^(dir|jsonl):.*/(?=.)")  # of a path only the last name is told
 HUB_LICENCE = re.compile(r"[a-z0-9.-]+")  # how the hub spells one
 TEMPLATE = Template("""\
 ---
@@ -40,7 +40,8 @@ $facts
 
 ## Scores
 
-Measured by ctdbench on these weights in float32, beside the untrained student and the teachers.
+Measured by ctdbench on these weights in float32, with $precision arithmetic, beside the untrained
+student and the teachers.
 $dtype
 
 $table
@@ -77,7 +78,7 @@ def card(folder: Path, found: Mapping[Path, Result], name: str, dtype: str, bos:
     """
     result = found[folder]
     spec = RunSpec.model_validate(result["spec"])
-    infos = {info.name: info for info in available_tasks(spec.eval.extra_tasks)}
+    infos = {info.name: info for info in available_tasks()}  # lm-eval is told of no others
     told = {path: _public(without_private(beside)) for path, beside in found.items()}
     tables = report.comparison(told, {task: info.metric for task, info in infos.items()})
     commands, left_out = _commands(result, infos, name, bos)
@@ -88,7 +89,8 @@ def card(folder: Path, found: Mapping[Path, Result], name: str, dtype: str, bos:
         bases=f"base_model: {json.dumps(hub)}\n" if hub else "",
         title=escape(f"{spec.method} on {spec.pair.name}"),
         id=result["id"],
-        facts="\n".join(f"| {key} | {escape(_public(value))} |" for key, value in _facts(spec)),
+        facts="\n".join(f"| {key} | {escape(value)} |" for key, value in _facts(spec)),
+        precision=result["provenance"]["evaluation"]["precision"],
         dtype=f"The weights here are rounded to {dtype}.\n" * (dtype != "float32"),
         table=report.render(tables, "markdown"),
         name=name,
@@ -120,7 +122,7 @@ def _facts(spec: RunSpec) -> Iterator[tuple[str, str]]:
     yield "student", _side(spec.pair.student)
     for teacher in spec.pair.teachers:
         yield "teacher", _side(teacher)
-    yield "text", f"{format_bytes(train.budget)} of {train.corpus}, seed {spec.seed}"
+    yield "text", f"{format_bytes(train.budget)} of {_public(train.corpus)}, seed {spec.seed}"
     rate = train.learning_rate or spec.pair.learning_rate
     yield "learning rate", f"{rate:g}, {train.batch_documents} documents a step"
     if lora := spec.pair.lora:
@@ -128,7 +130,8 @@ def _facts(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 
 def _side(side: ModelSpec) -> str:
-    return f"{side.model} under {side.tokenizer}" if side.tokenizer else side.model
+    model, tokenizer = _public(side.model), _public(side.tokenizer)
+    return f"{model} under {tokenizer}" if tokenizer else str(model)
 
 
 def _commands(

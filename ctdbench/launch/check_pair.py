@@ -58,7 +58,8 @@ class PairCase:
         """The role's tokenizer; raises Skipped where it cannot be had."""
         if role not in self.found:
             self._require(role)
-            self.found[role] = tokenizer_side(self.specs[role])
+            side = tokenizer_side(self.specs[role], trust_remote_code=self.trust)
+            self.found[role] = side
         return self.found[role]
 
     def model(self, role: str) -> Side:

@@ -90,7 +90,7 @@ class Subject:
             return models.load_side(named, trust_remote_code=self.trust_remote_code)
         if results.is_baseline(self.spec.method):
             return LoadedPair(self.spec, device).baseline(self.spec.method)
-        return kept.load(self.folder, self.result)
+        return kept.load(self.folder, self.result, trust_remote_code=self.trust_remote_code)
 
 
 def _subject(name: str, store: Path, trust_remote_code: bool) -> Subject:
@@ -116,7 +116,9 @@ def _settings(subjects: Sequence[Subject], changes: Mapping[str, Any]) -> EvalSp
         fields["tasks"] = [task for task in stated.tasks if needs.get(task) not in unmet]
     elif lacking := [task for task in tasks if needs.get(task) in unmet]:
         raise UserError(f"task {lacking[0]} needs a single cell, for its texts and teachers")
-    limits = {} if "limit" in changes else fields["limits"]
+    if tasks is not None:  # the cell's own limits are for its own tasks
+        fields["limit"] = changes.get("limit")
+    limits = {} if changes.keys() & {"limit", "tasks"} else fields["limits"]
     fields["limits"] = {task: limits[task] for task in fields["tasks"] if task in limits}
     settings = registry.validate(EvalSpec, fields, "evaluate")
     check_tasks(settings.tasks, settings.data, settings.extra_tasks)

@@ -20,7 +20,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def export(
-    store: Path, cell: str, target: Path, *, dtype: Dtype = "float32", repository: str | None = None
+    store: Path,
+    cell: str,
+    target: Path,
+    *,
+    dtype: Dtype = "float32",
+    repository: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the kept student of the cell whose id starts with `cell`: model, tokenizer, card.
 
@@ -35,7 +41,7 @@ def export(
     result = found[folder]
     if results.is_baseline(result["spec"]["method"]):
         raise UserError(f"cell {result['id']} was not trained", "export a cell of a method")
-    side = kept.load(folder, result)
+    side = kept.load(folder, result, trust_remote_code=trust_remote_code)
     _cut(side)
     side.model.to(getattr(torch, dtype))
     side.model.generation_config = greedy(side.tokenizer)  # as it was evaluated

@@ -20,7 +20,7 @@ from ctdbench.spec import ModelSpec, RunSpec
 
 def is_missing(spec: RunSpec, folder: Path) -> bool:
     """Whether weights are asked for that an earlier run of the cell did not keep."""
-    return spec.train.keep_model and not (folder / results.MODEL).is_dir()
+    return spec.train.keep_model and not results.has_model(folder)
 
 
 def discard(folder: Path) -> None:
@@ -34,13 +34,15 @@ def keep(student: Side, folder: Path) -> None:
         saving.save(student, temporary)
 
 
-def load(folder: Path, result: Result) -> Side:
+def load(folder: Path, result: Result, *, trust_remote_code: bool = False) -> Side:
     """The student of a finished cell; raises UserError where its weights were not kept."""
     path = folder / results.MODEL
     if not path.is_dir():
+        request = folder / results.REQUEST
+        how = f"--config {request}" if request.is_file() else "... (as it was run)"
         raise UserError(
             f"cell {result['id']}: its weights were not kept",
-            "the command that ran it computes it again with its weights: ctdbench run ... "
-            "--keep-model",
+            f"ctdbench run {how} --keep-model computes it again with its weights",
         )
-    return models.load_side(ModelSpec(model=f"dir:{path}"))
+    named = ModelSpec(model=f"dir:{path}")
+    return models.load_side(named, trust_remote_code=trust_remote_code)

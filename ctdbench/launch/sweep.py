@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ctdbench.launch.cell import Cell
 
 # A log holds all that a cell's process says, folders of this machine included: it stays here.
-REQUEST, LOG = "request.yaml", "log.txt"
+LOG = "log.txt"
 # Removed to compute a cell anew.
 OWN = (results.RESULT, results.METRICS, results.CHECKPOINTS, results.TRACKING, LOG)
 When = Literal["always", "never", "only-missing", "only-failed"]
@@ -54,8 +54,11 @@ class Place:
 
     @property
     def state(self) -> State:
-        """As its files say."""
-        return results.state(self.cell.folder)
+        """As its files say; one that lacks the weights it is to keep is computed again."""
+        found, spec = results.state(self.cell.folder), self.cell.spec
+        if found == "done" and spec.train.keep_model and not results.has_model(self.cell.folder):
+            return "absent"
+        return found
 
     @property
     def result(self) -> Result | None:
@@ -154,7 +157,7 @@ def _write_request(place: Place) -> None:
 
     request = place.cell.spec.model_dump(mode="json", exclude={"trust_remote_code"})
     text = yaml.safe_dump(without_private(request), sort_keys=False, allow_unicode=True)
-    atomic.write_bytes(place.cell.folder / REQUEST, text.encode())
+    atomic.write_bytes(place.cell.folder / results.REQUEST, text.encode())
 
 
 def _job(place: Place, begun: Collection[str], arguments: tuple[str, ...]) -> Job:
@@ -162,7 +165,7 @@ def _job(place: Place, begun: Collection[str], arguments: tuple[str, ...]) -> Jo
     begins, and its metrics, once they are there. begun: baselines that are there."""
     folder = place.cell.folder
     command = (
-        *(sys.executable, "-m", "ctdbench", "run", "--config", str(folder / REQUEST)),
+        *(sys.executable, "-m", "ctdbench", "run", "--config", str(folder / results.REQUEST)),
         *("--store", str(place.cell.store), *arguments),
     )
     baselines = _baselines(place.cell.spec)
