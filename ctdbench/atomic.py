@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,6 +23,7 @@ from ctdbench.cache import cache_dir
 from ctdbench.errors import RunError
 
 LOCK = ".lock"
+YOUNG_SECONDS = 86_400.0  # a leftover that another machine may still write to
 NONCE = 8  # digits of a temporary name
 LEFTOVER = f".*.{'[0-9a-f]' * NONCE}.tmp"
 
@@ -95,9 +97,15 @@ def refusal(error: Exception) -> str | None:
     return os.strerror(number) if number is not None and number in _REFUSED else None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left below a folder that no other process writes to."""
+def remove_leftovers(folder: Path, older: float = 0.0) -> None:
+    """Remove what killed processes left below a folder that no other process writes to.
+
+    older: seconds that a leftover has lain there.
+    """
+    last = time.time() - older
     for path in sorted(folder.rglob(LEFTOVER)):
+        if older and path.stat().st_mtime > last:
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -113,7 +121,7 @@ def _shared(path: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     _tidy(folder)
-    with (folder / LOCK).open("w") as lock:
+    with (folder / LOCK).open("a+") as lock:  # NFS shares only what can be read
         with suppress(OSError):  # this disk knows no locks: then nobody tidies
             fcntl.flock(lock, fcntl.LOCK_SH)
         yield
@@ -123,11 +131,12 @@ def _shared(path: Path) -> Iterator[None]:
 def _tidy(folder: Path) -> None:
     """Once a process: remove leftovers from the cache, unless another process writes to it.
 
-    The system frees what a killed process held.
+    The system frees what a killed process held. Some file systems tell one machine nothing of
+    another's locks, so what is young stays in any case.
     """
-    with (folder / LOCK).open("w") as lock, suppress(OSError):
+    with (folder / LOCK).open("a+") as lock, suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_leftovers(folder)
+        remove_leftovers(folder, older=YOUNG_SECONDS)
 
 
 def _temporary(path: Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +63,12 @@ def leftovers(cache: Path) -> set[str]:
     return {path.name.split(".")[1] for path in cache.rglob(atomic.LEFTOVER)}
 
 
+def age(cache: Path) -> None:
+    """Let all that is left over have lain there for two days."""
+    for path in cache.rglob(atomic.LEFTOVER):
+        os.utime(path, (time.time() - 172_800,) * 2)
+
+
 def test_the_next_process_removes_what_a_killed_one_left(cache: Path, writer: Writer) -> None:
     killed = writer("killed")
     killed.kill()
@@ -68,9 +76,12 @@ def test_the_next_process_removes_what_a_killed_one_left(cache: Path, writer: Wr
     (cache / "notes.mine.tmp").write_text("not ours")
     (cache / ".notes.mine.tmp").write_text("not ours")
     assert len(list(cache.rglob(atomic.LEFTOVER))) == 2
+    finish(writer("soon"))  # another machine may still write to it
+    assert leftovers(cache) == {"killed"}
+    age(cache)
     finish(writer("next"))
     assert leftovers(cache) == set()
-    assert {path.name for path in cache.glob("*/*")} == {"next"}
+    assert {path.name for path in cache.glob("*/*")} == {"soon", "next"}
     assert len(list(cache.glob("*.tmp"))) == 2
 
 
@@ -79,10 +90,12 @@ def test_what_another_process_writes_stays(cache: Path, writer: Writer) -> None:
     beside = writer("beside")
     killed.kill()
     killed.wait()
+    age(cache)
     finish(writer("next"))  # while `beside` writes
     assert leftovers(cache) == {"killed", "beside"}
     finish(beside)
     assert (cache / "models" / "beside" / "weights").read_text() == "half"
+    age(cache)
     finish(writer("last"))
     assert leftovers(cache) == set()
     assert {path.name for path in cache.glob("*/*")} == {"next", "beside", "last"}

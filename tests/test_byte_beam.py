@@ -210,6 +210,31 @@ def test_a_tree_of_contexts_is_scored_in_one_forward_and_survives_compaction(
     )
 
 
+def test_what_is_asked_for_ahead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the text's own tokens, which this beam leaves, nor a compacted cache."""
+    model, trie = tiny("llama"), ByteTrie(VOCABULARY)
+    monkeypatch.setattr(tree_scorer, "SPARE_SLOTS", 0)
+    texts, calls = [b"abcabcaabbcabcab" * 12, b"cab" * 50], list[int]()
+    own = TreeScorer.log_probabilities
+
+    def counted(self: Any, contexts: Any) -> Tensor:
+        calls.append(len(contexts))
+        return own(self, contexts)
+
+    monkeypatch.setattr(TreeScorer, "log_probabilities", counted)
+    model.config.max_position_embeddings = 512
+
+    def bytes_alone(text: bytes) -> list[int]:
+        return [VOCABULARY.index(text[i : i + 1]) for i in range(len(text))]
+
+    ahead = torch.cat(beam_distributions(model, trie, texts, [BOS], encode=bytes_alone))
+    few = len(calls)
+    monkeypatch.setattr(byte_beam, "AHEAD", 0)
+    plain = torch.cat(beam_distributions(model, trie, texts, [BOS]))
+    torch.testing.assert_close(ahead, plain, rtol=1e-4, atol=1e-5)
+    assert 2 * few < len(calls) - few
+
+
 def test_an_unknown_architecture_is_scored_without_a_tree() -> None:
     model = tiny("llama")
     model.config.model_type = "something-else"

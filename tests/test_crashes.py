@@ -140,7 +140,7 @@ def test_kills_at_chosen_points_change_no_number(
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_number(driver: Driver, undisturbed: Ended) -> None:
     phases = kill_often(driver, command, "undisturbed", undisturbed.seconds / 3)
-    assert set(phases) == PHASES
+    assert set(phases) >= PHASES  # or before it says anything
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def _checked(
     from ctdbench.launch import slurm_queue
     from ctdbench.launch.preflight import Scarce, preflight, unfit
 
-    specs = [cell.spec for line in lines for cell in [*line.trials, line.finals()[0]]]
+    specs = [cell.spec for line in lines for cell in [*line.trials, *line.finals()]]
     problems = preflight(specs, store, jobs=jobs or 1)
     if jobs is None:
         others = [problem for problem in problems if not isinstance(problem, Scarce)]

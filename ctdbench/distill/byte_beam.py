@@ -124,7 +124,7 @@ class _Beam:
             asked = {id(context): context for context in unscored}
             asked |= {id(context): context for context in self._own_tokens(place + AHEAD)}
             asked |= {id(context): context for context in self._branches(hypotheses, place)}
-            roots = [*asked.values(), *(one.context for one in hypotheses)]
+            roots = [self.own, *asked.values(), *(one.context for one in hypotheses)]
             found = {id(one): one for root in roots for one in root.family()}
             self.contexts = list(found.values())
             yield list(asked.values())

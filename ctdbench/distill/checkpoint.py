@@ -39,7 +39,9 @@ def save(
     if not writes:
         return
     target = folder / f"step-{state['step']:07d}"
-    shutil.rmtree(target, ignore_errors=True)  # one that could not be read
+    for path in _all(folder):
+        if path.name >= target.name:  # it could not be read, or the run would be past it
+            shutil.rmtree(path)
     with atomic.new_folder(target) as temporary:
         save_file(tensors, temporary / TENSORS)
         sums = {TENSORS: fingerprint(temporary / TENSORS)}

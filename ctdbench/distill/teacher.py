@@ -22,6 +22,7 @@ from ctdbench.method import Needs
 from ctdbench.text.vocabulary import ByteTrie
 
 ROWS_AT_A_TIME = 64  # rows whose probabilities over the whole vocabulary exist at a time
+BEAMS_AT_A_TIME = 8  # documents; each holds some dozens of rows of cumulated probabilities
 
 
 class Teacher:
@@ -124,7 +125,10 @@ class Teacher:
                 "method.bytes: beam needs a teacher whose tokenizer has a BOS token",
                 "use method.bytes=mixed",
             )
-        return beam_distributions(self.side.model, self.trie, texts, [bos], encode=self._ids)
+        parts = (texts[i : i + BEAMS_AT_A_TIME] for i in range(0, len(texts), BEAMS_AT_A_TIME))
+        model, trie = self.side.model, self.trie
+        found = (beam_distributions(model, trie, part, [bos], encode=self._ids) for part in parts)
+        return [rows for part in found for rows in part]
 
     def _ids(self, text: bytes) -> list[int]:
         ids: list[int] = self.side.tokens.encode(text).ids.tolist()

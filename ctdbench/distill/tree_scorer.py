@@ -19,6 +19,7 @@ from torch import Tensor
 from ctdbench.errors import RunError
 from ctdbench.text.vocabulary import ByteTrie
 
+AT_A_TIME = 16  # contexts whose probabilities exist in float64
 SPARE_SLOTS = 256  # dead cache entries that are not worth a copy
 # families whose forward takes a finished 4-D mask, and how: {model_type: one mask per layer type}
 TREE_FAMILIES = {
@@ -194,9 +195,11 @@ def score(scorer: Scorer, trie: ByteTrie, contexts: Sequence[Context]) -> None:
     """Call the model for contexts that it has not seen; raises RunError if it has no number."""
     scores = scorer.log_probabilities(contexts)
     order = torch.from_numpy(trie.order).to(scores.device)
-    masses = scores[:, order].double().exp().cpu().numpy()
-    if not np.isfinite(masses).all():
-        raise RunError("the teacher's logits are not finite", "try it in float32")
-    for context, row in zip(contexts, masses, strict=True):
-        context.sums = np.concatenate([[0.0], np.cumsum(row)])
-        context.specials = max(0.0, 1.0 - float(context.sums[-1]))
+    for start in range(0, len(contexts), AT_A_TIME):
+        part = slice(start, start + AT_A_TIME)
+        masses = scores[part, order].double().exp().cpu().numpy()
+        if not np.isfinite(masses).all():
+            raise RunError("the teacher's logits are not finite", "try it in float32")
+        for context, row in zip(contexts[part], masses, strict=True):
+            context.sums = np.concatenate([[0.0], np.cumsum(row)])
+            context.specials = max(0.0, 1.0 - float(context.sums[-1]))

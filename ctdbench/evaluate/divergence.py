@@ -140,6 +140,11 @@ def teacher_divergence(
 _kept: WeakKeyDictionary[Any, dict[tuple[str, bool], Tensor]] = WeakKeyDictionary()
 
 
+def forget() -> None:
+    """Drop the distributions that are kept of teachers."""
+    _kept.clear()
+
+
 def _taught(teacher: ByteModel, text: str) -> Tensor:
     """A teacher's distributions; it is frozen, and a cell asks again at every point."""
     kept = _kept.setdefault(teacher.model, {})

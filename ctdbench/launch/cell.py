@@ -41,6 +41,7 @@ from ctdbench.evaluate import (
     evaluate,
     on_running_text,
 )
+from ctdbench.evaluate.divergence import forget
 from ctdbench.launch import kept
 from ctdbench.launch.content import ENGINE_VERSION, content, decontaminated, teacher_name
 from ctdbench.launch.lock import exclusive, is_locked
@@ -218,6 +219,7 @@ class Cell:
         setting = Setting(
             pair.student, first.teacher, method, first.tables, self.corpus, tuple(others)
         )
+        forget()  # of the baselines: a cell's memory is its own
         score = partial(self._score, pair=pair)
         network, report = train.train(
             self.spec, setting, self.folder, accelerator, score=score, progress=progress

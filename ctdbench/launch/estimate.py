@@ -7,8 +7,10 @@ Evaluation is not in it: on long contexts it can take more.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ctdbench.cache import cache_dir
 from ctdbench.distill import references
@@ -57,10 +59,19 @@ def estimate(spec: RunSpec, *, taught: bool, on_gpu: bool = False) -> Estimate |
     )
 
 
-def conversions(spec: RunSpec) -> int:
-    """Bytes of cache that the pair's models will take once they are converted or fetched."""
-    models = {side.model: side for side in (spec.pair.student, *spec.pair.teachers)}
-    return sum(_to_be_made(side) for side in models.values())
+class Conversions(NamedTuple):
+    """Bytes of models: converted from wheels in our cache, fetched into the hub's own."""
+
+    wheel: int
+    hub: int
+
+
+def conversions(specs: Iterable[RunSpec]) -> Conversions:
+    """What the models of all pairs will take that are not there yet."""
+    sides = [side for spec in specs for side in (spec.pair.student, *spec.pair.teachers)]
+    models = {side.model: _to_be_made(side) for side in sides}
+    hub = sum(size for model, size in models.items() if model.startswith("hub:"))
+    return Conversions(sum(models.values()) - hub, hub)
 
 
 def _flops(spec: RunSpec, student: Size, teachers: list[Size]) -> float:

@@ -72,6 +72,11 @@ def _lock(descriptor: int, folder: Path, waiting: Callable[[], None] | None) -> 
             ) from error
         waiting()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        raise PreflightError(
+            f"{folder} lies on a disk that knows no locks: {error.strerror}",
+            "choose another --store",
+        ) from error
 
 
 def _is_named(descriptor: int, path: Path) -> bool:

@@ -136,6 +136,8 @@ def _tables(pair: PairSpec) -> list[PairTables]:
 
 def _enough(specs: Sequence[RunSpec], store: Path, jobs: int, texts: Texts) -> Iterator[Check]:
     """Memory, precision, disk."""
+    from huggingface_hub import constants
+
     gpus = devices.gpus()
     free = min(gpu.memory for gpu in gpus) if gpus else devices.free_memory()
     at_once = -(-jobs // max(len(gpus), 1))  # on one device
@@ -148,9 +150,11 @@ def _enough(specs: Sequence[RunSpec], store: Path, jobs: int, texts: Texts) -> I
     if not all(gpu.bfloat16 for gpu in gpus):
         yield from (partial(_precision, spec) for spec in specs)
     yield partial(_writable, store)
-    yield partial(_disk, "--store", store, jobs * max((e.disk for e, _ in known), default=0))
-    needed = max(map(conversions, specs), default=0) + cache_use(specs, texts).examples
-    yield partial(_disk, "the cache", cache_dir(), needed)
+    running = jobs * max((found.disk for found, _ in known), default=0)
+    yield partial(_disk, "--store", store, running + sum(found.kept for found, _ in known))
+    made = conversions(specs)
+    yield partial(_disk, "the cache", cache_dir(), made.wheel + cache_use(specs, texts).examples)
+    yield partial(_disk, "the hub's cache", Path(constants.HF_HUB_CACHE), made.hub)
 
 
 def _by(known: tuple[Estimate, RunSpec]) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -45,11 +46,12 @@ class Display:
             self.say(f"{title}: started")
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        if self._live is not None:
-            self._live.console.print(line)
-        else:
-            print(line, file=self.stream, flush=True)
+        """A line that stays. Cells go on where nobody listens any more."""
+        with suppress(OSError):
+            if self._live is not None:
+                self._live.console.print(line)
+            else:
+                print(line, file=self.stream, flush=True)
 
     def show(self, logs: Mapping[str, Path]) -> None:
         """The newest line of every log, by title."""
@@ -60,7 +62,8 @@ class Display:
         shown = "\n".join(f"{title}: {last_line(log)}" for title, log in logs.items())
         if shown != self._shown:
             self._shown = shown
-            self._live.update(Text(shown, overflow="ellipsis", no_wrap=True), refresh=True)
+            with suppress(OSError):
+                self._live.update(Text(shown, overflow="ellipsis", no_wrap=True), refresh=True)
 
 
 def last_line(log: Path) -> str:
@@ -69,7 +72,7 @@ def last_line(log: Path) -> str:
         with log.open("rb") as stream:
             stream.seek(max(stream.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
             text = stream.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
+    except OSError:  # not there yet, or a file server in trouble
         return ""
     lines = [INVISIBLE.sub("", line).strip() for line in re.split(r"[\r\n]", text)]
     return next(filter(None, reversed(lines)), "")

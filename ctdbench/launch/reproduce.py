@@ -10,12 +10,13 @@ here imports torch before the first cell.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ctdbench import results
-from ctdbench.errors import UserError
+from ctdbench.errors import Terminated, UserError
 from ctdbench.launch.grid import GridCell, key_of
 from ctdbench.launch.sweep import places
 from ctdbench.launch.table_plan import Plan, PlannedRow
@@ -65,7 +66,11 @@ def run(
             result: Any = run_cell(spec, store, data_dir=plan.ask.data_dir)
             outcomes[key] = result
             state = f"{DONE} already" if result["was_done"] else DONE
+        except Terminated:
+            raise
         except Exception as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise  # the other processes are still in this cell
             outcomes[key] = reason = _reason(error)
             state = f"failed: {reason}"
         say(f"[{number}/{len(titles)}] {titles[key]}: {state}")

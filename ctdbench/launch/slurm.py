@@ -22,6 +22,7 @@ from ctdbench.launch.local import POLL_SECONDS, STOPPING, Ended, Job, Stopped, n
 from ctdbench.launch.progress import Display
 from ctdbench.launch.slurm_queue import Entry, queue, release, submit
 from ctdbench.launch.slurm_script import Script, render
+from ctdbench.results import RESULT
 
 ASK_SECONDS = 15.0  # between two looks at the queue
 LATE_SECONDS = 60.0  # that a file may take to be seen from another machine
@@ -183,7 +184,8 @@ class _Watch:
 
     def _leave(self, job: Job, task: Task, state: str) -> None:
         code, now = _exit_code(task), time.monotonic()
-        if code is None and now < self.left.setdefault(job, now) + LATE_SECONDS:
+        seen = (job.log.parent / RESULT).exists() if code == 0 else code is not None
+        if not seen and now < self.left.setdefault(job, now) + LATE_SECONDS:
             return
         del self.tasks[job]
         self.running.pop(job.title, None)
