@@ -104,7 +104,7 @@ def remove_leftovers(folder: Path, older: float = 0.0) -> None:
     """
     last = time.time() - older
     for path in sorted(folder.rglob(LEFTOVER)):
-        if older and path.stat().st_mtime > last:
+        if older and path.exists() and path.stat().st_mtime > last:
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -162,6 +162,22 @@ time.sleep(60)
         os.kill(int((tmp_path / "deaf.log").read_text()), 0)
 
 
+def test_jobs_go_on_where_nobody_listens_any_more(tmp_path: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    ended: list[int] = []
+
+    def note(_: Job, status: int) -> str:
+        ended.append(status)
+        return "ended"
+
+    jobs = [job(name, "pass", tmp_path) for name in ("one", "two")]
+    local.run(jobs, note, places=[{}], display=Display(Closed()))
+    assert ended == [0, 0]
+
+
 def test_what_kills_the_group_kills_the_jobs(tmp_path: Path) -> None:
     code = f"""
 import io, sys

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ctdbench import recipes, request
-from ctdbench.errors import PreflightError, UserError
+from ctdbench.errors import PreflightError, RunError, Terminated, UserError
 from ctdbench.evaluate.catalog import leaf_configs, task_configs
 from ctdbench.launch import reproduce
 from ctdbench.launch.preflight import preflight
@@ -324,3 +324,26 @@ def test_planning_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(json.loads(done.stdout)) & {"torch", "transformers", "pandas", "lm_eval"}
+
+
+def test_a_signal_to_stop_ends_the_table_and_a_broken_cell_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ctdbench.launch import cell
+
+    planned = plan(recipes.load("bld-table1"), Ask(scale="cpu"))
+    planned = planned.resolved(request.resolve_options)
+    asked: list[str] = []
+
+    def run_cell(spec: RunSpec, *_: Any, error: Exception, **__: Any) -> Any:
+        asked.append(spec.method)
+        raise error
+
+    monkeypatch.setattr(cell, "run_cell", partial(run_cell, error=RunError("broken")))
+    assert set(reproduce.run(planned, tmp_path).values()) == {"broken"}
+    assert len(asked) == len(planned.cells) > 1
+    monkeypatch.setattr(cell, "run_cell", partial(run_cell, error=Terminated("stopped")))
+    asked.clear()
+    with pytest.raises(Terminated):
+        reproduce.run(planned, tmp_path)
+    assert len(asked) == 1

@@ -151,6 +151,18 @@ def test_a_truncated_newest_checkpoint_falls_back(
     assert all(torch.equal(value, expected[k]) for k, value in parameters_of(network).items())
 
 
+def test_a_fallback_keeps_two_checkpoints(tmp_path: Path) -> None:
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    for step in (50, 100):
+        checkpoint.save(tmp_path, network, optimizer, {"step": step})
+    truncate(tmp_path / "step-0000100" / "state.json")
+    assert checkpoint.load(tmp_path, network, optimizer) == {"step": 50}
+    checkpoint.save(tmp_path, network, optimizer, {"step": 60})
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["step-0000050", "step-0000060"]
+
+
 def test_no_readable_checkpoint_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

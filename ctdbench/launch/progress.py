@@ -38,7 +38,8 @@ class Display:
 
     def __exit__(self, *_: Any) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     def started(self, title: str) -> None:
         """A line for where nothing is redrawn."""
