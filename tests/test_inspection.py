@@ -139,8 +139,8 @@ def normalising(monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's tokenizer composes characters, as Qwen's does."""
     load = models.load_tokenizer
 
-    def loaded(reference: str) -> Any:
-        tokenizer = load(reference)
+    def loaded(reference: str, **trust: bool) -> Any:
+        tokenizer = load(reference, **trust)
         if reference == "tiny:teacher":
             tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
         return tokenizer

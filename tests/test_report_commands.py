@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_store import write_store
@@ -50,7 +51,7 @@ def test_figures_name_their_files_or_the_reason(store: Path, tmp_path: Path) -> 
     done = call("figures", "--store", str(store), "--out", str(tmp_path), "--format", "svg")
     assert done.exit_code == 0, done.output
     (folder,) = tmp_path.glob("1-smol-mistral")
-    assert {path.stem for path in folder.glob("*.svg")} == {"scores", "curves", "cost"}
+    assert {path.stem for path in folder.glob("*.svg")} == {"scores", "curves", "points", "cost"}
     assert "ranks: " in done.stdout  # two seeds are too few
     wrong = call("figures", "--store", str(store), "--out", str(tmp_path), "--format", "gif")
     assert wrong.exit_code == 2
@@ -63,7 +64,7 @@ def test_one_command_writes_everything(store: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     suffixes = {report.SUFFIXES.get(name, name) for name in report.FORMATS}
-    figures = {"scores", "curves", "cost"}  # two seeds are too few for ranks
+    figures = {"scores", "curves", "points", "cost"}  # two seeds are too few for ranks
     assert files == {
         "report.html",
         *(f"tables.{suffix}" for suffix in suffixes),
@@ -102,7 +103,12 @@ def test_an_inspection_loads_every_tokenizer_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, loaded = models.load_tokenizer, list[str]()
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: loaded.append(name) or load(name))
+
+    def counted(name: str, **trust: bool) -> Any:
+        loaded.append(name)
+        return load(name, **trust)
+
+    monkeypatch.setattr(models, "load_tokenizer", counted)
     done = call("inspect", "--pair", "tiny", "--bytes", "2kB", "--figures", str(tmp_path))
     assert done.exit_code == 0, done.output
     assert loaded == ["tiny:student", "tiny:teacher"]

@@ -294,7 +294,7 @@ def test_a_sweep_writes_no_home_into_its_requests(
         started.extend(jobs)
 
     sweep.run_places([place], launch)
-    (path,) = Path("runs").rglob(sweep.REQUEST)
+    (path,) = Path("runs").rglob(results.REQUEST)
     assert str(path) in started[0].command
     assert str(home) not in path.read_text()
     again = request.build_spec({}, path)
