@@ -12,6 +12,7 @@ import pytest
 from documented_commands import commands, parse
 from typer.testing import CliRunner
 
+from ctdbench import registry
 from ctdbench.cli import app
 from ctdbench.errors import PreflightError
 from ctdbench.evaluate import available_tasks
@@ -53,6 +54,7 @@ def test_a_run_of_the_readme_names_what_exists(
 ) -> None:
     """Everything up to the engine goes through: names, settings, the method's options."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_plugins", {})
     if "mine.py" in arguments:
         assert CliRunner().invoke(app, ["new-method", "mine"]).exit_code == 0
     pair = (ROOT / "ctdbench" / "pairs" / "smol-mistral.yaml").read_text(encoding="utf-8")

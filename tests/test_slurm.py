@@ -130,13 +130,18 @@ def test_a_requeued_task_is_not_over(tmp_path: Path, arrays: Callable[..., Path]
 def test_an_exit_code_may_come_late(
     tmp_path: Path, arrays: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From another machine."""
+    """From another machine; and its result later still."""
     monkeypatch.setattr(slurm, "LATE_SECONDS", 60.0)
     jobs = [job(tmp_path, "a")]
     own = shlex.quote(str(render(jobs, tmp_path / "slurm").folder))
-    late = f"[ $(grep -c ^squeue calls) -lt 4 ] || echo 0 >{own}/0.exit"
-    arrays([], ["7|0|COMPLETED"], squeue=f"{SQUEUE}\n{late}")
+    result = jobs[0].log.parent / "result.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    late = f"[ $(grep -c ^squeue calls) -lt 4 ] || echo 0 >{own}/0.exit\n"
+    late += f"[ $(grep -c ^squeue calls) -lt 7 ] || : >{shlex.quote(str(result))}"
+    bin = arrays([], ["7|0|COMPLETED"], squeue=f"{SQUEUE}\n{late}")
     assert launched(jobs, tmp_path)[0] == {"a": 0}
+    assert result.exists()
+    assert len(calls_of(bin, "squeue")) < 20
 
 
 def test_an_exit_code_of_another_time_counts_for_nothing(
