@@ -194,10 +194,14 @@ def read_result(path: Path) -> Result:
         raise UserError(f"{path} is no valid result: {reason}", hint) from error
 
 
-def finished(folder: Path) -> Result | None:
-    """The result in a cell's folder if the cell is done, else None."""
+def finished(folder: Path, *, keeps_model: bool = False) -> Result | None:
+    """The result in a cell's folder if the cell is done, else None.
+
+    keeps_model: it is to have its weights, too; a model and its scores are of one training.
+    """
     result = read_result(folder / RESULT) if (folder / RESULT).is_file() else None
-    return result if result is not None and result["status"] == "done" else None
+    lacks = keeps_model and not (folder / MODEL).is_dir()
+    return result if result is not None and result["status"] == "done" and not lacks else None
 
 
 def named(found: Mapping[Path, Result], cell: str, store: Path) -> Path:
@@ -210,19 +214,16 @@ def named(found: Mapping[Path, Result], cell: str, store: Path) -> Path:
     return matching[0]
 
 
-def state(folder: Path) -> State:
+def state(folder: Path, *, keeps_model: bool = False) -> State:
     """What the files of a cell's folder say of it; raises UserError for a damaged result.
 
-    resumable: it has a checkpoint to go on from.
+    resumable: it has a checkpoint to go on from. keeps_model: as for `finished`.
     """
-    if (folder / RESULT).is_file():
-        return read_result(folder / RESULT)["status"]
+    if finished(folder, keeps_model=keeps_model):
+        return "done"
+    if (folder / RESULT).is_file() and read_result(folder / RESULT)["status"] == "failed":
+        return "failed"
     return "resumable" if any((folder / CHECKPOINTS).glob("step-*")) else "absent"
-
-
-def has_model(folder: Path) -> bool:
-    """Whether a cell kept its weights."""
-    return (folder / MODEL).is_dir()
 
 
 def find(

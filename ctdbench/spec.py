@@ -271,10 +271,6 @@ class EvalSpec(Frozen):
         (), description="YAML files of tasks of one's own, by path; their content is hashed."
     )
 
-    def limit_of(self, task: str) -> int | None:
-        """At most how many items of this task; None for all."""
-        return self.limits.get(task, self.limit)
-
     @model_validator(mode="after")
     def _check_limits(self) -> EvalSpec:
         if unknown := sorted(set(self.limits) - set(self.tasks)):

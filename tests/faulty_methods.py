@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctdbench.launch import conformance
+from ctdbench.launch.check import method as conformance
 
 SOUND = '''
 """Match: the squared difference of both sides' entropies where a chunk ends."""

@@ -21,7 +21,7 @@ from ctdbench.distill.models import Side
 from ctdbench.distill.step import Balance, Step
 from ctdbench.distill.tokenizers import Specials
 from ctdbench.errors import UserError
-from ctdbench.launch.conformance.pair import Pair
+from ctdbench.launch.check.method.pair import Pair
 from ctdbench.method import Method, PairTables
 from ctdbench.text.token_bytes import Encoding
 from ctdbench.text.vocabulary import ids_by_bytes

@@ -46,7 +46,6 @@ def run(spec: RunSpec) -> None:
     assert done.exit_code == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_what_cells_put_into_the_cache_is_predicted_within_a_quarter() -> None:
     """Three cells: the first without a teacher, the third with another text than the others."""
     specs = [asked("sft"), asked(), asked(seed=1)]

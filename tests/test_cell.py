@@ -238,17 +238,18 @@ def test_no_evaluation_item_shares_a_13_gram_with_what_is_trained_on(tmp_path: P
     words = [f"word{n}" for n in range(14)]
     leaked, clean = Document((Segment(" ".join(words)),)), Document((Segment("short text"),))
     twin = Document((Segment("again " + " ".join(words[:13])),))
-    spec = RunSpec(method="sft", pair=registry.load_pair("tiny"), eval=EvalSpec(tasks=("piqa",)))
+    asked = EvalSpec(tasks=("piqa",), data_dir=str(tmp_path))
+    spec = RunSpec(method="sft", pair=registry.load_pair("tiny"), eval=asked)
     folder = tmp_path / "piqa"
     folder.mkdir()
     item = {"query": f"Question: {' '.join(words)}\n", "choices": ["a", "b"], "gold": 0}
     (folder / "validation.jsonl").write_text(json.dumps(item) + "\n")
     corpus = Corpus("mine", (clean, leaked, twin), (clean,), {})
-    kept, notes = decontaminated(corpus, spec, tmp_path)
+    kept, notes = decontaminated(corpus, spec)
     assert kept.train == (clean,)
     assert notes == ["2 training documents left out: a 13-gram of piqa"]
     other = spec.model_copy(update={"eval": EvalSpec(tasks=("bpb_pydoc",))})
-    kept, notes = decontaminated(replace(corpus, held_out=(twin,)), other, tmp_path)
+    kept, notes = decontaminated(replace(corpus, held_out=(twin,)), other)
     assert kept.held_out == ()
     assert notes == ["1 held-out documents left out: a 13-gram of the training split"]
 

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from ctdbench import registry
 from ctdbench.cli import app
 from ctdbench.errors import UserError
-from ctdbench.launch import check_pair, check_task, subjects
-from ctdbench.launch.findings import Finding, found_by, tell
+from ctdbench.launch import check
+from ctdbench.launch.check import pair as check_pair
+from ctdbench.launch.check import task as check_task
+from ctdbench.launch.check.findings import Finding, found_by, tell
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -38,20 +40,20 @@ def failed(found: list[Finding]) -> dict[str, str]:
     ("name", "kind"), [("bld", "method"), ("tiny", "pair"), ("piqa", "task"), ("agi_zh", "task")]
 )
 def test_a_name_is_of_one_kind(name: str, kind: str) -> None:
-    assert subjects.kind_of(name) == kind
+    assert check.kind_of(name) == kind
 
 
 def test_a_file_is_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "pair.yaml"
     path.write_text("student: {model: 'tiny:student'}\n")
-    assert subjects.kind_of(str(path)) == "pair"
-    assert subjects.kind_of(str(write_capitals(tmp_path))) == "task"
+    assert check.kind_of(str(path)) == "pair"
+    assert check.kind_of(str(write_capitals(tmp_path))) == "task"
 
 
 def test_a_name_of_two_kinds_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_plugins", {"piqa": tmp_path / "piqa.py"})
     with pytest.raises(UserError, match=r"'piqa' is a method and a task\. add --kind method"):
-        subjects.kind_of("piqa")
+        check.kind_of("piqa")
     code, output = call("teacher_jsd", "--kind", "task")
     assert (code, "jsd" in output) == (0, True)
 

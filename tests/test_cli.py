@@ -126,8 +126,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Stands in for the engine: notes what `run` asks for and stores a result."""
     calls: list[Any] = []
 
-    def run_cell(spec: RunSpec, store: Path, *, data_dir: Path | None, **_: Any) -> dict[str, Any]:
-        calls.append((spec, store, data_dir))
+    def run_cell(spec: RunSpec, store: Path, **_: Any) -> dict[str, Any]:
+        calls.append((spec, store, spec.eval.data))
         result = example(spec.method, VALUES, budget=spec.train.budget, options=spec.options)
         store_example(store, result)
         return {**result, "was_done": False}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ctdbench import registry
 from ctdbench.distill.batches import Batch
 from ctdbench.distill.step import Balance
-from ctdbench.launch.conformance.pair import Pair
+from ctdbench.launch.check.method.pair import Pair
 from ctdbench.method import Block, Method, MethodOptions, Term, create
 
 METHODS = sorted(registry.methods())

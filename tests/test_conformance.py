@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from ctdbench import registry, request
 from ctdbench.cli import app
-from ctdbench.launch import conformance
-from ctdbench.launch.conformance.bench import Bench
-from ctdbench.launch.findings import Finding
+from ctdbench.launch.check import method as conformance
+from ctdbench.launch.check.findings import Finding
+from ctdbench.launch.check.method.bench import Bench
 
 
 @pytest.fixture

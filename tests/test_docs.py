@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import typer.main
 import yaml
 from documented_commands import commands, parse
+from python_files import load
 
 from ctdbench import __version__, recipes, registry, request, spec
 from ctdbench.cli import app
@@ -29,16 +29,7 @@ SHIPPED = sorted(
 )
 
 
-def loaded() -> Any:
-    found = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-GENERATE = loaded()
+GENERATE: Any = load(DOCS / "generate.py")
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +197,17 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> Non
         loads = [tag for tag in tags if re.search(r"(src|href)=\"?(https?:)?//", tag)]
         assert loads == [], page
     assert not list(tmp_path.rglob("*.py"))
+
+
+def test_the_rows_with_one_seed_stand_in_the_table_of_the_others() -> None:
+    """Whose cells compare only if all but rows and seeds is the same."""
+    folder = ROOT / "results" / "grids"
+    many, one = (
+        registry.read_yaml(folder / f"smol-mistral{end}.yaml") for end in ("", "-one-seed")
+    )
+    own = ("rows", "seeds")
+    assert {k: v for k, v in many.items() if k not in own} == {
+        k: v for k, v in one.items() if k not in own
+    }
+    assert not set(many["rows"]) & set(one["rows"])
+    assert set(one["seeds"]) < set(many["seeds"])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -15,6 +13,7 @@ import pytest
 from documented_commands import commands, parse
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from python_files import load
 
 from ctdbench import registry, request
 from ctdbench.distill import references
@@ -31,16 +30,7 @@ READ = {name: nbformat.read(FOLDER / f"{name}.ipynb", as_version=4) for name in 
 notebooks = pytest.mark.parametrize("name", NAMES)
 
 
-def loaded() -> ModuleType:
-    found = importlib.util.spec_from_file_location("notebooks_execute", FOLDER / "execute.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-EXECUTE = loaded()
+EXECUTE = load(FOLDER / "execute.py")
 
 
 def code(notebook: NotebookNode) -> list[NotebookNode]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import lm_eval
 import pytest
+import python_files
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,17 +116,8 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"task_{name}", TASKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-scoring = module("scoring")
-data = module("data")
+scoring = python_files.load(TASKS / "scoring.py")
+data = python_files.load(TASKS / "data.py")
 
 
 def load(name: str, data_dir: Path | None) -> list[ConfigurableTask]:

@@ -86,7 +86,7 @@ def run(
     spec = request.resolve_options(spec)
     from ctdbench.launch.cell import run_cell
 
-    result = run_cell(spec, store, data_dir=spec.eval.data, track=track)
+    result = run_cell(spec, store, track=track)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
         return
     if result["was_done"]:

@@ -58,7 +58,7 @@ def check(
     Exit code 0 if every check passes, else 1.
     """
     from ctdbench import registry
-    from ctdbench.launch import subjects
+    from ctdbench.launch.check import kind_of
 
     for setting in settings or []:
         if not setting.startswith("method."):
@@ -68,7 +68,7 @@ def check(
             )
     for path in plugin or []:
         registry.add_plugin(path)
-    kind = kind or subjects.kind_of(name)
+    kind = kind or kind_of(name)
     if kind == "method":
         passed = _check_method(name, settings or [], debug)
     elif settings:
@@ -86,24 +86,24 @@ def _check_method(name: str, settings: list[str], debug: bool) -> bool:
 
     spec = request.build_spec({"method": name, "pair": "tiny"}, settings=settings)
     spec = request.resolve_options(spec)
-    from ctdbench.launch import conformance
+    from ctdbench.launch.check import method
 
-    return conformance.run(spec, typer.echo, debug=debug)
+    return method.run(spec, typer.echo, debug=debug)
 
 
 def _check_pair(name: str, trust: bool, debug: bool) -> bool:
     from ctdbench import registry
 
     pair = registry.load_pair(name)
-    from ctdbench.launch import check_pair
+    from ctdbench.launch.check import pair as pairs
 
-    return check_pair.run(pair, typer.echo, trust_remote_code=trust, debug=debug)
+    return pairs.run(pair, typer.echo, trust_remote_code=trust, debug=debug)
 
 
 def _check_task(name: str, data_dir: Path | None, debug: bool) -> bool:
-    from ctdbench.launch import check_task
+    from ctdbench.launch.check import task
 
-    return check_task.run(check_task.TaskCase.of(name, data_dir), typer.echo, debug=debug)
+    return task.run(task.TaskCase.of(name, data_dir), typer.echo, debug=debug)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: safetensors and JSON, complete or absent. No pickle is written or read."""
+"""Checkpoints of a run: safetensors and JSON, complete or absent."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
             revision=revision,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,  # the other format is pickle, which runs what it holds
+            use_safetensors=True,  # the other format runs what it holds
         )
     except Exception as error:  # its files can be wrong in any way
         raise _unloadable(f"model {reference}", error) from error

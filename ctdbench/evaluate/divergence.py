@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +24,9 @@ from ctdbench.text.vocabulary import ByteTrie
 
 MAX_BYTES = 2000  # of a document: per-document outcomes of similar weight, at a known cost
 ROWS = 64  # predictions whose distributions over the vocabulary are alive at once
-KEPT_BYTES = 500_000  # of text, whose distributions by a teacher are kept: a kilobyte each
+KEPT_BYTES = 500_000  # of text, whose distributions by teachers are kept: a kilobyte each
+
+Taught = dict[tuple[int, str], Tensor]  # (teacher, text) -> [bytes, 257]
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,14 @@ def teacher_divergence(
     teachers: Sequence[ByteModel],
     texts: Sequence[str],
     readers: Sequence[ByteModel] = (),
+    taught: Taught | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Per document the mean over its bytes (and over teachers) of the divergence, in bits.
 
     A document is cut to what fits every model, at most `MAX_BYTES`, and left out if one of them
-    cannot spell it; readers: models that count for this and no more. Returns one row a document
-    {"id", "weight": bytes, "jsd"}, and how many documents were left out.
+    cannot spell it; readers: models that count for this and no more. taught: what is known of the
+    teachers' distributions, and gets more. Returns one row a document {"id", "weight": bytes,
+    "jsd"}, and how many documents were left out.
     """
     limit = min(side.max_bytes for side in (student, *teachers, *readers))
     rows: list[dict[str, Any]] = []
@@ -128,7 +131,10 @@ def teacher_divergence(
             for reader in readers:
                 reader.tokens.encode(text)
             own = student.distributions(text)
-            parts = [jensen_shannon(own, _taught(teacher, text)) for teacher in teachers]
+            parts = [
+                jensen_shannon(own, _taught(teacher, number, text, taught))
+                for number, teacher in enumerate(teachers)
+            ]
         except NotLossless:
             continue
         jsd = float(torch.stack(parts).mean())
@@ -137,22 +143,12 @@ def teacher_divergence(
     return rows, len(texts) - len(rows)
 
 
-_kept: WeakKeyDictionary[Any, dict[tuple[str, bool], Tensor]] = WeakKeyDictionary()
-
-
-def forget() -> None:
-    """Drop the distributions that are kept of teachers."""
-    _kept.clear()
-
-
-def _taught(teacher: ByteModel, text: str) -> Tensor:
-    """A teacher's distributions; it is frozen, and a cell asks again at every point."""
-    kept = _kept.setdefault(teacher.model, {})
-    found = kept.get((text, teacher.bfloat16))
+def _taught(teacher: ByteModel, index: int, text: str, kept: Taught | None) -> Tensor:
+    found = None if kept is None else kept.get((index, text))
     if found is None:
         found = teacher.distributions(text)
-        if sum(map(len, kept.values())) + len(found) <= KEPT_BYTES:
-            kept[text, teacher.bfloat16] = found
+        if kept is not None and sum(map(len, kept.values())) + len(found) <= KEPT_BYTES:
+            kept[index, text] = found
     return found
 
 

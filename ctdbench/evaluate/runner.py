@@ -22,6 +22,7 @@ from ctdbench.evaluate.catalog import (
 from ctdbench.evaluate.hub_data import commits
 from ctdbench.evaluate.loading import load_tasks, task_rows
 from ctdbench.evaluate.task_files import task_configs
+from ctdbench.spec import EvalSpec
 
 Precision = Literal["float32", "bfloat16"]
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -42,6 +43,7 @@ class EvaluationRequest:
     data_dir: folder of original data files; None takes data sets from the hub.
     batch_size moves log-likelihoods by about 1e-4, so it is part of a result's identity.
     extra_tasks: files of tasks that are not the project's; their Python is run.
+    taught: where the teachers' predictions are kept for further requests with the same teachers.
     """
 
     student: Any
@@ -56,6 +58,21 @@ class EvaluationRequest:
     heldout: Sequence[str] = ()
     precision: Precision = "float32"
     extra_tasks: Sequence[Path] = ()
+    taught: dict[tuple[int, str], Any] | None = None
+
+    @classmethod
+    def of(cls, settings: EvalSpec, **given: Any) -> EvaluationRequest:
+        """A request by these settings. given: all other fields, and what is to differ."""
+        stated = {
+            "tasks": settings.tasks,
+            "limit": settings.limit,
+            "limits": settings.limits,
+            "batch_size": settings.batch_size,
+            "data_dir": settings.data,
+            "precision": settings.precision,
+            "extra_tasks": settings.extra_tasks,
+        }
+        return cls(**{**stated, **given})
 
     def limit_of(self, task: str) -> int | None:
         """At most how many items of this task; None for all."""
@@ -194,6 +211,7 @@ def _run_teacher_task(
             [ByteModel(model, tokenizer, bfloat16) for model, tokenizer in request.teachers],
             texts,
             [ByteModel(model, tokenizer) for model, tokenizer in request.readers],
+            request.taught,
         )
     if not rows:
         raise UserError(

@@ -180,7 +180,7 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> Config:
 def parse(path: Path) -> Config:
     """A task file's YAML without what it includes; raises UserError where it cannot be read."""
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        config = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"task file {path} cannot be read: {reason}", "check its YAML") from error

@@ -41,7 +41,7 @@ from ctdbench.evaluate import (
     evaluate,
     on_running_text,
 )
-from ctdbench.evaluate.divergence import forget
+from ctdbench.evaluate.divergence import Taught
 from ctdbench.launch import kept
 from ctdbench.launch.content import ENGINE_VERSION, content, decontaminated, teacher_name
 from ctdbench.launch.lock import exclusive, is_locked
@@ -54,7 +54,6 @@ def run_cell(
     spec: RunSpec,
     store: Path,
     *,
-    data_dir: Path | None = None,
     track: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -65,10 +64,10 @@ def run_cell(
     RunError where another process computes the cell; a run that failed after its start leaves a
     result with status "failed".
     """
-    corpus, notes = decontaminated(load_corpus(spec.train.corpus, data_dir), spec, data_dir)
-    cell = Cell(spec, store, corpus, data_dir, notes)
-    found = finished(cell.folder)
-    if found is not None and not kept.is_missing(spec, cell.folder):
+    corpus, notes = decontaminated(load_corpus(spec.train.corpus, spec.eval.data), spec)
+    cell = Cell(spec, store, corpus, notes)
+    found = finished(cell.folder, keeps_model=spec.train.keep_model)
+    if found is not None:
         return {**found, "was_done": True}
     check(spec, corpus)
     # Autocast is the harness's own. Others wait for as long as the first process evaluates.
@@ -82,8 +81,9 @@ def run_cell(
     processes.check(accelerator)
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     with exclusive(cell.folder) if accelerator.is_main_process else nullcontext():
-        (found,) = broadcast_object_list([results.finished(cell.folder)])  # by now, by another one
-        if found is not None and not kept.is_missing(spec, cell.folder):
+        found = results.finished(cell.folder, keeps_model=spec.train.keep_model)
+        (found,) = broadcast_object_list([found])  # by now, by another process
+        if found is not None:
             return {**found, "was_done": True}
         return {**_compute(cell, accelerator, progress=progress), "was_done": False}
 
@@ -105,9 +105,9 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
     return cell.run(pair, accelerator, progress=progress)
 
 
-def finished(folder: Path) -> results.Result | None:
-    """The result of a cell that is done, rid of what a process killed right after it left."""
-    found = results.finished(folder)
+def finished(folder: Path, *, keeps_model: bool = False) -> results.Result | None:
+    """As `results.finished`, rid of what a process killed right after the result left."""
+    found = results.finished(folder, keeps_model=keeps_model)
     if found is not None and is_locked(folder):
         with suppress(UserError), exclusive(folder):
             shutil.rmtree(folder / results.CHECKPOINTS, ignore_errors=True)
@@ -173,18 +173,17 @@ class Cell:
         spec: RunSpec,
         store: Path,
         corpus: Corpus,
-        data_dir: Path | None,
         notes: Sequence[str],
     ) -> None:
         self.spec = spec
         self.store = store
         self.corpus = corpus
-        self.data_dir = data_dir
         self.notes = notes
-        self.content = content(spec, corpus, data_dir)
+        self.content = content(spec, corpus)
         self.id = spec.cell_id(self.content)
         self.folder = results.cell_dir(store, spec.pair.name, spec.method, self.id)
         self.provenance = provenance()  # of the code that runs, not of what it became meanwhile
+        self.taught: Taught | None = {} if spec.eval.points > 1 else None
 
     def run(self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool) -> results.Result:
         """Train, evaluate, write the result; what breaks on the way is recorded and raised."""
@@ -219,7 +218,6 @@ class Cell:
         setting = Setting(
             pair.student, first.teacher, method, first.tables, self.corpus, tuple(others)
         )
-        forget()  # of the baselines: a cell's memory is its own
         score = partial(self._score, pair=pair)
         network, report = train.train(
             self.spec, setting, self.folder, accelerator, score=score, progress=progress
@@ -269,20 +267,16 @@ class Cell:
         return {f"{task}.{name}": value for task in scores for name, value in scores[task].items()}
 
     def _request(self, student: Side, pair: LoadedPair, tasks: Sequence[str]) -> EvaluationRequest:
-        spec = self.spec.eval
-        return EvaluationRequest(
+        settings = self.spec.eval
+        return EvaluationRequest.of(
+            settings,
             student=student.model,
             tokenizer=student.tokenizer,
             tasks=tasks,
             teachers=[(teacher.model, teacher.tokenizer) for teacher in pair.teachers],
             readers=[(pair.student.model, pair.student.tokenizer)],
-            limit=spec.limit,
-            limits=spec.limits,
-            batch_size=spec.batch_size,
-            data_dir=self.data_dir,
-            heldout=[d.text for d in self.corpus.held_out_part(spec.held_out)],
-            precision=spec.precision,
-            extra_tasks=spec.extra_tasks,
+            heldout=[d.text for d in self.corpus.held_out_part(settings.held_out)],
+            taught=self.taught,
         )
 
     def _points(self) -> list[results.Point]:
@@ -325,7 +319,7 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
     spec = cell.spec.model_copy(
         update={"method": method, "seed": 0, "options": {}, "train": neutral}
     )
-    own = Cell(spec, cell.store, cell.corpus, cell.data_dir, cell.notes)
+    own = Cell(spec, cell.store, cell.corpus, cell.notes)
     if finished(own.folder) is not None:
         return
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ctdbench import registry, results
 from ctdbench.distill import references
@@ -14,9 +13,7 @@ from ctdbench.spec import ModelSpec, RunSpec
 ENGINE_VERSION = 1  # raised when a change to the engine changes numbers
 
 
-def decontaminated(
-    corpus: Corpus, spec: RunSpec, data_dir: Path | None
-) -> tuple[Corpus, list[str]]:
+def decontaminated(corpus: Corpus, spec: RunSpec) -> tuple[Corpus, list[str]]:
     """The corpus without what would let an evaluation measure memory, and notes of what went.
 
     Training documents that share a 13-gram with an item of a requested task are left out, and then
@@ -25,8 +22,8 @@ def decontaminated(
     notes = []
     train_split = list(corpus.train)
     for task in spec.eval.tasks:
-        texts = (document.text for document in train_split)
-        leaked = shared_ngrams(task_texts(task, data_dir, spec.eval.extra_tasks), texts).documents
+        items = task_texts(task, spec.eval.data, spec.eval.extra_tasks)
+        leaked = shared_ngrams(items, (document.text for document in train_split)).documents
         if leaked:
             notes.append(f"{len(leaked)} training documents left out: a 13-gram of {task}")
             train_split = [d for index, d in enumerate(train_split) if index not in leaked]
@@ -38,7 +35,7 @@ def decontaminated(
     return replace(corpus, train=tuple(train_split), held_out=kept), notes
 
 
-def content(spec: RunSpec, corpus: Corpus, data_dir: Path | None) -> dict[str, str]:
+def content(spec: RunSpec, corpus: Corpus) -> dict[str, str]:
     """Hashes of everything that the spec names and that can change the result."""
     pair = spec.pair
     named = {"corpus": corpus.fingerprint, "engine": str(ENGINE_VERSION)}
@@ -50,7 +47,7 @@ def content(spec: RunSpec, corpus: Corpus, data_dir: Path | None) -> dict[str, s
         named[role] = "+".join(found)
     if not results.is_baseline(spec.method):
         named["method"] = _method_code(spec.method)
-    tasks = task_content(spec.eval.tasks, data_dir, spec.eval.extra_tasks)
+    tasks = task_content(spec.eval.tasks, spec.eval.data, spec.eval.extra_tasks)
     return named | {f"task:{name}": digest for name, digest in tasks.items()}
 
 

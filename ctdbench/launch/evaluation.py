@@ -131,19 +131,13 @@ def _request(
     needs = {info.name: info.needs for info in available_tasks(settings.extra_tasks)}
     needed = {needs[task] for task in settings.tasks}
     pair = LoadedPair(first.spec, device) if first.spec and "teacher" in needed else None
-    return EvaluationRequest(
+    return EvaluationRequest.of(
+        settings,
         student=model,
         tokenizer=tokenizer,
-        tasks=settings.tasks,
         teachers=[(side.model, side.tokenizer) for side in pair.teachers] if pair else (),
         readers=[(pair.student.model, pair.student.tokenizer)] if pair else (),
-        limit=settings.limit,
-        limits=settings.limits,
-        batch_size=settings.batch_size,
-        data_dir=settings.data,
         heldout=_held_out(first, settings) if needed & {"heldout", "teacher"} else (),
-        precision=settings.precision,
-        extra_tasks=settings.extra_tasks,
     )
 
 
@@ -152,7 +146,8 @@ def _held_out(first: Subject, settings: EvalSpec) -> list[str]:
     assert first.spec is not None
     assert first.result is not None
     corpus = load_corpus(first.spec.train.corpus, settings.data)
-    corpus, _ = decontaminated(corpus, first.spec, settings.data)
+    stated = first.spec.eval.model_copy(update={"data_dir": settings.data_dir})
+    corpus, _ = decontaminated(corpus, first.spec.model_copy(update={"eval": stated}))
     if corpus.fingerprint != first.result["content"]["corpus"]:
         raise UserError(
             f"cell {first.name}: the text of {corpus.name} is not what it was",

@@ -15,12 +15,7 @@ from ctdbench.distill import models, saving
 from ctdbench.distill.models import Side
 from ctdbench.errors import UserError
 from ctdbench.results import Result
-from ctdbench.spec import ModelSpec, RunSpec
-
-
-def is_missing(spec: RunSpec, folder: Path) -> bool:
-    """Whether weights are asked for that an earlier run of the cell did not keep."""
-    return spec.train.keep_model and not results.has_model(folder)
+from ctdbench.spec import ModelSpec
 
 
 def discard(folder: Path) -> None:

@@ -63,7 +63,7 @@ def run(
     titles = plan.titles
     for number, (key, spec) in enumerate(plan.cells.items(), 1):
         try:
-            result: Any = run_cell(spec, store, data_dir=plan.ask.data_dir)
+            result: Any = run_cell(spec, store)
             outcomes[key] = result
             state = f"{DONE} already" if result["was_done"] else DONE
         except Terminated:

@@ -54,11 +54,8 @@ class Place:
 
     @property
     def state(self) -> State:
-        """As its files say; one that lacks the weights it is to keep is computed again."""
-        found, spec = results.state(self.cell.folder), self.cell.spec
-        if found == "done" and spec.train.keep_model and not results.has_model(self.cell.folder):
-            return "absent"
-        return found
+        """As its files say."""
+        return results.state(self.cell.folder, keeps_model=self.cell.spec.train.keep_model)
 
     @property
     def result(self) -> Result | None:
@@ -196,12 +193,11 @@ def places(cells: Iterable[GridCell], store: Path) -> list[Place]:
     found = []
     for grid_cell in unique(cells):
         spec = grid_cell.spec
-        folder = spec.eval.data
-        key = (spec.train.corpus, spec.eval.tasks, folder)
+        key = (spec.train.corpus, spec.eval.tasks, spec.eval.data)
         if key not in texts:
-            texts[key] = decontaminated(load_corpus(spec.train.corpus, folder), spec, folder)
+            texts[key] = decontaminated(load_corpus(spec.train.corpus, spec.eval.data), spec)
         corpus, notes = texts[key]
-        found.append(Place(grid_cell.title, Cell(spec, store, corpus, folder, notes)))
+        found.append(Place(grid_cell.title, Cell(spec, store, corpus, notes)))
     return found
 
 

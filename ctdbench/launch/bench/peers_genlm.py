@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,36 +50,35 @@ def compare(settings: Settings) -> list[Comparison]:
     side = models.load_side(registry.load_pair("smol-mistral").teachers[0])
     trie = ByteTrie(side.tokens.vocabulary)
     several = [text[: settings.beam_bytes] for text in TEXTS]
-    one = [b" ".join(several[:2])]
+    narrow = partial(beam, width=WIDTH, prune=PRUNE)
+    asked: dict[str, tuple[Callable[..., Tensor], list[bytes]]] = {
+        "path": (path, [b" ".join(several[:2])]),
+        "beam": (narrow, several),
+    }
     with threads(1), asyncio.Runner() as runner, torch.no_grad():
         return [
-            _compared("path", lambda: path(side, trie, one), side, trie, one, runner, settings),
             _compared(
-                "beam",
-                lambda: beam(side, trie, several, width=WIDTH, prune=PRUNE),
-                *(side, trie, several, runner, settings),
-            ),
+                name,
+                partial(estimate, side, trie, texts),
+                genlm_beam(side, texts, runner),
+                beam(side, trie, texts, width=WIDE_WIDTH, prune=WIDE_PRUNE),
+                settings,
+            )
+            for name, (estimate, texts) in asked.items()
         ]
 
 
 def _compared(
-    name: str,
-    ours: Estimator,
-    side: Side,
-    trie: ByteTrie,
-    texts: Sequence[bytes],
-    runner: asyncio.Runner,
-    settings: Settings,
+    name: str, ours: Estimator, theirs: Estimator, wide: Tensor, settings: Settings
 ) -> Comparison:
-    estimators = {name: ours, THEIRS: genlm_beam(side, texts, runner)}
-    wide = beam(side, trie, texts, width=WIDE_WIDTH, prune=WIDE_PRUNE)
+    """wide [bytes, 257]: what both are held to."""
+    estimators = {name: ours, THEIRS: theirs}
     apart = {
         key: float(jensen_shannon(estimate(), wide).mean()) for key, estimate in estimators.items()
     }
     timings = in_turns(estimators, settings.beam_repeats)
-    total = sum(map(len, texts))
-    rates = {key: total / timing.median for key, timing in timings.items()}
-    size = f"{len(texts)} texts, {total} bytes, {settings.beam_repeats} repeats, 1 thread"
+    rates = {key: len(wide) / timing.median for key, timing in timings.items()}
+    size = f"{len(wide)} bytes, {settings.beam_repeats} repeats, 1 thread"
     least, bounded = TARGETS[name]
     return Comparison(
         f"bld {name} (genlm-bytes' beam)",

@@ -30,7 +30,7 @@ from ctdbench.evaluate.task_files import (
     task_files,
     task_name,
 )
-from ctdbench.launch.findings import Failed, Finding, Skipped, found_by, tell
+from ctdbench.launch.check.findings import Failed, Finding, Skipped, found_by, tell
 from ctdbench.report.tables import Column
 
 ITEMS = 2  # that are scored

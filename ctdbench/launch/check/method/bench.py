@@ -24,8 +24,8 @@ from ctdbench.distill.step import Step
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import CE, Network
 from ctdbench.errors import UserError
-from ctdbench.launch.conformance.cases import EVERYTHING, Case, make_case, states, whole
-from ctdbench.launch.conformance.pair import (
+from ctdbench.launch.check.method.cases import EVERYTHING, Case, make_case, states, whole
+from ctdbench.launch.check.method.pair import (
     TEXTS,
     Pair,
     batch_of,
@@ -34,7 +34,7 @@ from ctdbench.launch.conformance.pair import (
     tables_of,
     tiny_sides,
 )
-from ctdbench.launch.conformance.watched import Watched
+from ctdbench.launch.check.method.watched import Watched
 from ctdbench.method import (
     Block,
     Method,

@@ -1,4 +1,4 @@
-"""What `ctdbench check NAME` is about: a method, a pair or a task."""
+"""`ctdbench check NAME`: what it finds of a method, a pair or a task, one line a finding."""
 
 from __future__ import annotations
 

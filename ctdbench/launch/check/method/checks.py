@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ctdbench.launch.conformance import cases
-from ctdbench.launch.conformance.bench import BLOCK_ROWS, Bench, Outcome, Values
-from ctdbench.launch.conformance.cases import Case
-from ctdbench.launch.conformance.pair import Pair, documents, long_documents, make_pair
-from ctdbench.launch.findings import Failed, Skipped
+from ctdbench.launch.check.findings import Failed, Skipped
+from ctdbench.launch.check.method import cases
+from ctdbench.launch.check.method.bench import BLOCK_ROWS, Bench, Outcome, Values
+from ctdbench.launch.check.method.cases import Case
+from ctdbench.launch.check.method.pair import Pair, documents, long_documents, make_pair
 from ctdbench.method import mean, total_loss
 
 Check = Callable[[Bench], str]

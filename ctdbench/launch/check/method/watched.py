@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ctdbench.launch.conformance.cases import picked
-from ctdbench.launch.findings import Failed
+from ctdbench.launch.check.findings import Failed
+from ctdbench.launch.check.method.cases import picked
 from ctdbench.method import (
     Block,
     Method,

@@ -14,7 +14,7 @@ from ctdbench.distill.blocks import all_rows, position_pairs
 from ctdbench.distill.corpus import Document
 from ctdbench.distill.models import Side
 from ctdbench.distill.view import bare_rows
-from ctdbench.launch.conformance.pair import Pair, batch_of
+from ctdbench.launch.check.method.pair import Pair, batch_of
 from ctdbench.method import Needs, PairTables, Rows
 
 EVERYTHING = 10**9  # rows or chunks, more than there are

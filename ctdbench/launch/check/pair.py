@@ -19,7 +19,7 @@ from ctdbench.distill.inspection import tokenizer_side
 from ctdbench.distill.models import Side
 from ctdbench.errors import UserError
 from ctdbench.evaluate import EvaluationRequest, evaluate
-from ctdbench.launch.findings import Failed, Finding, Skipped, found_by, tell
+from ctdbench.launch.check.findings import Failed, Finding, Skipped, found_by, tell
 from ctdbench.spec import ModelSpec, PairSpec, TrainSpec
 from ctdbench.text import diagnostics
 from ctdbench.text.token_bytes import Encoding, Refusal

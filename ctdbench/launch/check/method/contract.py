@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ctdbench.launch.conformance.bench import Bench
-from ctdbench.launch.conformance.cases import make_case
-from ctdbench.launch.conformance.pair import documents
-from ctdbench.launch.findings import Failed
+from ctdbench.launch.check.findings import Failed
+from ctdbench.launch.check.method.bench import Bench
+from ctdbench.launch.check.method.cases import make_case
+from ctdbench.launch.check.method.pair import documents
 from ctdbench.method import Block, Rows, Scalars, Term, bare, mean, total_loss
 
 TOLERANCE = 1e-4  # of counts, which may be sums of fractions

@@ -24,10 +24,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ctdbench import registry
-from ctdbench.launch.conformance import checks, contract
-from ctdbench.launch.conformance.bench import Bench
-from ctdbench.launch.conformance.checks import Check
-from ctdbench.launch.findings import Failed, Finding, found_by, tell
+from ctdbench.launch.check.findings import Failed, Finding, found_by, tell
+from ctdbench.launch.check.method import checks, contract
+from ctdbench.launch.check.method.bench import Bench
+from ctdbench.launch.check.method.checks import Check
 from ctdbench.method import Needs
 from ctdbench.spec import RunSpec
 
