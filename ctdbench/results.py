@@ -82,6 +82,24 @@ class StoredTrain(TypedDict):
     budget: int
 
 
+class StoredEval(TypedDict, total=False):
+    """What a cell was evaluated on, as it was asked for."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    tasks: list[str]
+    limit: int | None
+    limits: dict[str, int | None]
+
+
+class StoredOptions(TypedDict, total=False):
+    """A method's options, as they were asked for or by default."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    ce_weight: float
+
+
 class StoredSpec(TypedDict):
     """What was asked for; `spec.RunSpec` by the version that wrote it."""
 
@@ -90,9 +108,9 @@ class StoredSpec(TypedDict):
     method: str
     pair: StoredPair
     seed: int
-    options: dict[str, Any]
+    options: StoredOptions
     train: StoredTrain
-    eval: dict[str, Any]
+    eval: StoredEval
 
 
 class Hardware(TypedDict, total=False):

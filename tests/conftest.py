@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# A test that fails here fails everywhere; `pytest --hypothesis-profile default` looks further.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 # Before anything imports huggingface_hub or datasets, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -126,31 +127,61 @@ def _paths(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-STORED = example("sft", {"piqa": {"acc": 0.5}, "bpb_heldout": {"bpb": 1.25}})
+STORED = example(
+    "alm", {"piqa": {"acc": 0.5}, "bpb_heldout": {"bpb": 1.25}}, options={"ce_weight": 0.5}
+)
+STORED["spec"]["eval"]["limits"] = {"piqa": 6}
+STORED["points"] = [{"text_bytes": 1000, "scores": {"bpb_heldout.bpb": 1.5}}]
 ROWS = [{"id": f"{index}-a", "weight": 1.0, "acc": float(index % 2)} for index in range(6)]
 
 
+class ChangedStore:
+    """A store of one cell, in which one value at a time is another."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = root / "runs"
+        self.folder = self.store / "smol-mistral" / "alm" / "cell"
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+
+    def check(self, part: str, place: tuple[Any, ...], value: Any) -> None:
+        """The store with that value there is shown, or refused with its folder named."""
+        parts = {"result": deepcopy(STORED), "rows": deepcopy(ROWS)}
+        *above, last = place
+        inner = parts[part]
+        for name in above:
+            inner = inner[name]
+        inner[last] = value
+        (self.folder / results.RESULT).write_text(json.dumps(parts["result"]))
+        lines = "".join(json.dumps(row) + "\n" for row in parts["rows"])
+        (self.folder / "samples" / "piqa.jsonl").write_text(lines)
+        outcome = CliRunner().invoke(app, ["table", "--store", str(self.store)])
+        assert outcome.exit_code in (0, 2), outcome.stderr
+        if outcome.exit_code:
+            (line,) = outcome.stderr.splitlines()
+            assert str(self.folder) in line or "no results" in line
+
+
+PLACES = [("result", place) for place in _paths(STORED)] + [
+    ("rows", place) for place in _paths(ROWS)
+]
+
+
 @quick
-@given(data=st.data())
+@given(place=st.sampled_from(PLACES), value=VALUES)
 def test_a_store_with_a_changed_result_is_shown_or_the_file_is_named(
-    data: st.DataObject, tmp_path: Path
+    place: tuple[str, tuple[Any, ...]], value: Any, tmp_path: Path
 ) -> None:
-    result, rows = (json.loads(json.dumps(part)) for part in (STORED, ROWS))
-    target = data.draw(st.sampled_from([result, result, rows]))
-    *above, last = data.draw(st.sampled_from(_paths(target)))
-    inner = target
-    for name in above:
-        inner = inner[name]
-    inner[last] = data.draw(VALUES)
-    folder = tmp_path / "runs" / "smol-mistral" / "sft" / "cell"
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / results.RESULT).write_text(json.dumps(result, ensure_ascii=True))
-    (folder / "samples" / "piqa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    outcome = CliRunner().invoke(app, ["table", "--store", str(tmp_path / "runs")])
-    assert outcome.exit_code in (0, 2), outcome.stderr
-    if outcome.exit_code:
-        (line,) = outcome.stderr.splitlines()
-        assert str(folder) in line or "no results" in line
+    ChangedStore(tmp_path).check(*place, value)
+
+
+@pytest.mark.slow  # one and a half minutes for all places
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(map(str, place[1])))
+def test_any_kind_of_value_at_any_place_is_shown_or_the_file_is_named(
+    place: tuple[str, tuple[Any, ...]], tmp_path: Path
+) -> None:
+    store = ChangedStore(tmp_path)
+    for value in (None, True, 1, -1, 10**20, 1.5, "", "x", [], [1], ["a"], [None], {}, {"a": 1}):
+        store.check(*place, value)
 
 
 @quick

@@ -144,7 +144,8 @@ def _identity(model: type[BaseModel], stored: Mapping[str, Any]) -> dict[str, An
     """The stored fields that can change a result."""
     fields = model.model_fields.items()
     return {
-        name: stored.get(name, field.get_default())  # a field younger than the result
+        # A field younger than the result had its default.
+        name: stored.get(name, field.get_default(call_default_factory=True))
         for name, field in fields
         if is_identity(field)
     }

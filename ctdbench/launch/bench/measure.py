@@ -58,7 +58,8 @@ def extra_peak_bytes(function: Function) -> int:
     allocator. Else pages of this process (resident set, Linux alone), which hold everything: torch,
     NumPy, what C++ takes for itself; memory that is never written has none. Beforehand freed memory
     goes back to the system, and blocks from 64 KiB on are mapped, not kept when freed, so that the
-    count is exact but for some 100 KiB. Raises PreflightError on other systems.
+    count is exact but for some 100 KiB; where the kernel counts pages core by core, as Linux from
+    6.2 on, for some MiB on a machine of many cores. Raises PreflightError on other systems.
     """
     if not torch.cuda.is_available() and not Path("/proc/self/clear_refs").exists():
         raise PreflightError("peak memory cannot be measured here", "use Linux, or a GPU")
