@@ -70,6 +70,12 @@ class GOLDOptions(MethodOptions):
         description="adaptive: the two weights are also multiplied by the shared part of the "
         "teacher's vocabulary and by the rest of it.",
     )
+    top: int | None = Field(
+        None,
+        ge=1,
+        description="Sort this many of either side's largest masses alone; the distance is too "
+        "small by at most the masses left out.",
+    )
     temperature_student: float = Field(1.0, gt=0, description="Softmax temperature, student.")
     temperature_teacher: float = Field(1.0, gt=0, description="Softmax temperature, teacher.")
 
@@ -113,12 +119,13 @@ class GOLD(Method):
 
     def _distances(self, log_p: Tensor, log_q: Tensor, splits: Splits | None) -> dict[str, Tensor]:
         """Every term of every chunk: [M, V_S], [M, V_T] -> [M] each."""
+        top = self.options.top
         if splits is None:
-            return {"unmatched": ops.sorted_l1(ops.exp(log_p), ops.exp(log_q))}
+            return {"unmatched": ops.sorted_l1(ops.exp(log_p), ops.exp(log_q), top)}
         own, taught = splits
         (log_p, rest), (log_q, other) = own.split(log_p), taught.split(log_q)
         matched = generalized_jsd(log_p, log_q, self.options.beta)
-        unmatched = ops.sorted_l1(ops.exp(rest), ops.exp(other))
+        unmatched = ops.sorted_l1(ops.exp(rest), ops.exp(other), top)
         if self.options.weighting == "fixed":
             return {"matched": matched, "unmatched": unmatched}
         part = len(taught.some) / sum(map(len, taught))

@@ -53,6 +53,12 @@ class ULDOptions(MethodOptions):
         description="Leave the student's last supervised token of a document out of the pairs "
         "(positions only; as in the authors' training).",
     )
+    top: int | None = Field(
+        None,
+        ge=1,
+        description="Compare this many of either side's largest probabilities alone; the distance "
+        "is too small by at most the masses left out.",
+    )
 
 
 class ULD(Method):
@@ -96,7 +102,8 @@ class ULD(Method):
             else ops.tempered(ops.rows_of(side.scores(), last), heat).softmax(-1)
             for side, last, heat in zip(sides, rows.T, temperatures, strict=True)
         )
-        return {"uld": (ops.sorted_l1(student, teacher) * _shares(block, rows)).sum()}
+        distance = ops.sorted_l1(student, teacher, self.options.top)
+        return {"uld": (distance * _shares(block, rows)).sum()}
 
 
 def _paired_rows(alignment: str, block: Block) -> Tensor:

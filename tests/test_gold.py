@@ -23,6 +23,8 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {},
     {"hybrid": False},
     {"beta": 1.0, "matched_weight": 0.3, "unmatched_weight": 0.7},
+    {"top": 2},
+    {"hybrid": False, "top": 3},
     {"beta": 0.5, "weighting": "adaptive", "temperature_student": 2.0, "temperature_teacher": 0.5},
 ]
 OWN, TAUGHT = (list(ids) for ids in zip(*SHARED, strict=True))
@@ -122,8 +124,8 @@ def slow_merged(logits: Tensor, rows: Rows, chunk: list[int]) -> Tensor:
 def slow_distance(p: Tensor, q: Tensor, options: Any) -> Tensor:
     rest = [v for v in range(len(p)) if v not in OWN], [v for v in range(len(q)) if v not in TAUGHT]
     if not options.hybrid:
-        return options.unmatched_weight * slow_sorted(p, q)
-    unmatched = slow_sorted(p[rest[0]], q[rest[1]])
+        return options.unmatched_weight * slow_sorted(p, q, options.top)
+    unmatched = slow_sorted(p[rest[0]], q[rest[1]], options.top)
     matched = slow_jsd(p[OWN].clamp(min=1e-8), q[TAUGHT].clamp(min=1e-8), options.beta)
     part = len(SHARED) / len(q)
     first, second = (part, 1 - part) if options.weighting == "adaptive" else (1, 1)
@@ -140,8 +142,8 @@ def slow_jsd(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return beta * (q * (q / mix).log()).sum() + (1 - beta) * (p * (p / mix).log()).sum()
 
 
-def slow_sorted(p: Tensor, q: Tensor) -> Tensor:
-    sides = (sorted(p, reverse=True), sorted(q, reverse=True))
+def slow_sorted(p: Tensor, q: Tensor, top: int | None) -> Tensor:
+    sides = (sorted(p, reverse=True)[:top], sorted(q, reverse=True)[:top])
     pairs = itertools.zip_longest(*sides, fillvalue=p.new_zeros(()))
     return torch.stack([(a - b).abs() for a, b in pairs]).sum()
 

@@ -61,6 +61,7 @@ def test_uld_reproduces_the_authors_numbers(inputs: dict[str, Any], case: dict[s
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     ("sft", {}),
     ("uld", {}),
+    ("uld", {"top": 3}),
     ("uld", {"alignment": "chunks"}),
     ("bld", {"bytes": "path", "end_bin": True}),
     ("bld", {"bytes": "mixed", "reduction": "token_sum"}),

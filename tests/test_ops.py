@@ -175,6 +175,25 @@ def test_sorted_l1_and_its_gradient(student_size: int, teacher_size: int) -> Non
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # NumPy's sort, torch's
+@pytest.mark.parametrize("top", [1, 4, 8, 11])
+def test_sorted_l1_of_the_largest_misses_at_most_what_is_left_out(
+    dtype: torch.dtype, top: int
+) -> None:
+    rows = random_rows(6, 11), random_rows(6, 8, seed=1)
+    student, teacher = (side.to(dtype).requires_grad_() for side in rows)
+    part, whole = ops.sorted_l1(student, teacher, top), ops.sorted_l1(student, teacher)
+    largest = [side.topk(min(top, side.shape[1])) for side in (student, teacher)]
+    left_out = sum(
+        s.sum(1) - kept.values.sum(1) for s, kept in zip((student, teacher), largest, strict=True)
+    )
+    assert (whole - part >= -1e-6).all()
+    assert (whole - part <= left_out + 1e-6).all()
+    found, expected = (torch.autograd.grad(d.sum(), student)[0] for d in (part, whole))
+    kept = torch.zeros_like(student).scatter(1, largest[0].indices, 1.0)
+    torch.testing.assert_close(found, expected * kept)
+
+
 def test_merged_chunks_follow_the_chain_rule() -> None:
     logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     logits[1, 2] = -40  # a realised token below the floor of 1e-8
