@@ -30,9 +30,9 @@ $(GEMMA): $(STAMP)
 	$(PIP) --editable ".[gemma]"
 	@touch $@
 
-# What builds the site, and the tracker that a test reads back.
+# What builds the site, and the trackers that tests read back.
 $(DOCS): $(STAMP)
-	$(PIP) --editable ".[docs,tensorboard]"
+	$(PIP) --editable ".[docs,tensorboard,trackio]"
 	@touch $@
 
 demo: $(STAMP)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,31 +161,51 @@ def test_a_sweep_tracks_its_cells(
     assert "--track=wandb" in job.command
 
 
-def test_tensorboard_has_one_point_a_step_after_a_resume(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TRACKIO_DIR", "")
+@pytest.fixture
+def lost_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Step 3 is tracked and then lost: the process ends before its checkpoint."""
+    monkeypatch.setenv("TRACKIO_DIR", "")  # so that what tracking sets is undone
+    monkeypatch.delenv("TRACKIO_DIR")
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     own, stops = train._Loop._checkpoint, list[int]()
 
     def lose_a_step(self: Any, *, stop: bool) -> None:
-        """Step 3 is tracked and then lost: the process ends before its checkpoint."""
         if self.done.step == 3 and not stops:
             stops.append(3)
             raise KeyboardInterrupt
         own(self, stop=stop)
 
     monkeypatch.setattr(train._Loop, "_checkpoint", lose_a_step)
+    return stops
+
+
+def test_tensorboard_has_one_point_a_step_after_a_resume(lost_step: list[int]) -> None:
+    pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run("--track", "tensorboard")
     assert run("--track", "tensorboard").exit_code == 0
-    assert stops
+    assert lost_step
     events = EventAccumulator(str(only_cell() / "tracking" / "ctdbench"))
     events.Reload()
     losses = events.Scalars("loss")
     steps = metrics(only_cell())
     assert [event.step for event in losses] == [line["step"] for line in steps]
     assert [event.value for event in losses] == pytest.approx([line["loss"] for line in steps])
+
+
+# Not imported here: trackio reads TRACKIO_DIR as it is imported.
+@pytest.mark.skipif(find_spec("trackio") is None, reason="the extra [trackio] is not installed")
+def test_trackio_has_every_step_in_one_run_after_a_resume(lost_step: list[int]) -> None:
+    run("--track", "trackio")
+    assert run("--track", "trackio").exit_code == 0
+    assert lost_step
+    with closing(sqlite3.connect(only_cell() / "tracking" / "ctdbench.db")) as database:
+        points = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id")
+        told = [(name, step, json.loads(values)["loss"]) for name, step, values in points]
+    assert {name for name, _, _ in told} == {"/".join(only_cell().parts[-3:])}
+    assert len(told) == len(metrics(only_cell())) + len(lost_step)  # that step comes again
+    assert {step: loss for _, step, loss in told} == {
+        line["step"]: line["loss"] for line in metrics(only_cell())
+    }
