@@ -143,7 +143,7 @@ def limits() -> str:
     """The README's section."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (found,) = re.findall(r"^## Limits\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return joined(["# Limits", found])
+    return joined(["# Limits", found.replace("](docs/", "](")])
 
 
 def fields(model: type[BaseModel]) -> str:
