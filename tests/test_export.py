@@ -327,11 +327,12 @@ def test_a_bad_request_is_one_line(place: Path, arguments: tuple[str, ...], told
 
 
 @pytest.mark.slow
-def test_lm_eval_repeats_the_cell_by_the_cards_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pair", ["tiny", "smol-mistral"])
+def test_lm_eval_repeats_the_cell_by_the_cards_commands(pair: str, tmp_path: Path) -> None:
     """Log-likelihoods up to 1e-6 relative, accuracies and generated text alike."""
     if shutil.which("lm_eval", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("lm_eval's command line is not installed")
-    run(tmp_path, "tiny", "--keep-model")
+    run(tmp_path, pair, "--keep-model")
     folder, result = cell(tmp_path)
     done = ctdbench("export", result["id"], "--to", tmp_path / "m", "--store", tmp_path / "runs")
     assert done.exit_code == 0, done.output
