@@ -19,13 +19,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ctdbench.distill import balance, processes
+from ctdbench.distill import balance, fused, processes
 from ctdbench.distill.batches import Batch
 from ctdbench.distill.global_batch import counts_in_advance, reduced
 from ctdbench.distill.precision import autocast
@@ -106,7 +107,8 @@ class Step:
         """network: a `Network`, wrapped by `accelerator.prepare` or not. weight: the teacher's.
 
         others: further teachers; batches then carry `Batch.others`. compiled: run the method's
-        terms through torch.compile. Raises UserError where gradmag has no parameters to take its
+        terms through torch.compile, and cross-entropy by fused kernels where nothing else wants
+        logits and they are at hand. Raises UserError where gradmag has no parameters to take its
         norms on.
         """
         self.wrapped = network
@@ -117,6 +119,7 @@ class Step:
         self.precision = precision
         self.block_rows = block_rows
         self.balancing = balancing
+        self._compiled = compiled
         self._terms = _compiled(method.terms) if compiled else method.terms
         if balancing == "gradmag":
             balance.last_layer(self.network.model)
@@ -144,6 +147,9 @@ class Step:
             [view for group in views for view in group], self.method.needs, self.accelerator
         )
         sums = _Sums()
+        fuses = self._fuses(counts)
+        for view in chain.from_iterable(views):
+            view.fused = fuses
         if self.balancing == "fixed":
             weights = {name: self._weight(name) for name in counts}
             for index, group in enumerate(views):
@@ -175,6 +181,14 @@ class Step:
         if last or processes.is_sharded(self.network):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
+
+    def _fuses(self, counts: Mapping[str, float]) -> bool:
+        """Whether cross-entropy is all there is and can do without logits."""
+        if not self._compiled or counts.keys() != {CE} or self.method.needs.kind == "scalars":
+            return False
+        plain = not processes.is_sharded(self.network)
+        device = self.accelerator.device
+        return plain and fused.can_fuse(self.network.model, device, self.precision)
 
     def _missing(self, own: int) -> int:
         """How many micro-batches another process has more, where that matters."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ctdbench import ops
-from ctdbench.distill import models
+from ctdbench.distill import fused, models
 from ctdbench.distill.batches import Batch, SideBatch
 from ctdbench.distill.blocks import (
     BlockRows,
@@ -76,6 +76,7 @@ class View:
     """One micro-batch laid against one teacher.
 
     blocks: none for a process that only runs along. terms: the method's own, compiled or not.
+    fused: cross-entropy is all there is, and comes straight from the states.
     states: the teacher's, [B * L, d]. bytes: its byte distributions. prepared: what
     `Method.prepare` made of its rows. scalars: the teacher's, for a method of that kind; totals:
     `Method.totals` over everything.
@@ -89,6 +90,7 @@ class View:
     block_rows: int
     terms: Terms
     idle: bool = False
+    fused: bool = False
     states: Tensor | None = None
     bytes: Tensor | None = None
     prepared: Tensor | None = None
@@ -214,11 +216,16 @@ class View:
         """The terms of one block (kind "scalars": none of the method's own)."""
         with autocast(student.token.device, self.precision):
             block = self.block(rows, student)
-            terms = {} if self.guide.suffix else {CE: cross_entropy(block.student)}
+            terms = {} if self.guide.suffix else {CE: self._cross_entropy(block.student)}
             if self.method.needs.kind == "blocks":
                 own = self.terms(block, self.modules)
                 terms |= {name + self.guide.suffix: term for name, term in own.items()}
         return terms
+
+    def _cross_entropy(self, rows: Rows) -> Term:
+        if self.fused:
+            return fused.cross_entropy(self.network.model, rows, self.network.columns)
+        return cross_entropy(rows)
 
     def block(self, rows: BlockRows, student: Rows | None = None) -> Block:
         """The block; by default the student's rows carry no logits, for counting."""
@@ -248,6 +255,8 @@ class View:
     def student_rows(self, rows: BlockRows, leaf: Tensor) -> Rows:
         """The block's student rows with their logits; leaf [R, d] are their states."""
         bare = bare_rows(self.batch.student, rows.student, rows)
+        if self.fused:
+            return replace(bare, hidden=leaf)
         hidden = leaf if self.method.needs.hidden else None
         bare = self._tables(bare, self.network.model)
         with autocast(leaf.device, self.precision):
