@@ -38,14 +38,15 @@ _OPEN = ConfigDict(extra="allow")  # a result may hold more than this version kn
 class Cost(TypedDict, total=False):
     """What a cell took.
 
-    flops: floating-point operations. peak_memory_bytes: the most that training held at once, on the
-    accelerator, else of all memory. processes: that trained it, each on a GPU of its own or on all
-    threads of a machine.
+    cpu_seconds: processor time of one process's training. flops: floating-point operations.
+    peak_memory_bytes: the most that training held at once, on the accelerator, else of all memory.
+    processes: that trained it, each on a GPU of its own or on all threads of a machine.
     """
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     train_seconds: float
+    cpu_seconds: float
     eval_seconds: float
     flops: float | None
     peak_memory_bytes: int | None

@@ -356,6 +356,11 @@ def test_cost_is_of_all_cores_and_a_mean_over_seeds() -> None:
     assert row.cost is not None
     assert (row.cost.device, row.cost.device_seconds) == ("CPU", 150 * 2 * 4)
     for cell in cells:
+        cell["cost"]["cpu_seconds"] = 60.0  # measured: waiting for others is no cost
+    (row,) = only(cells).rows
+    assert row.cost is not None
+    assert (row.cost.device_seconds, row.cost.seconds) == (60 * 2, 150)
+    for cell in cells:
         cell["provenance"]["hardware"]["gpus"] = ["one", "two", "three"]
     (row,) = only(cells).rows
     assert row.cost is not None

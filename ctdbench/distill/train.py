@@ -44,6 +44,7 @@ class Progress:
     student_tokens: int = 0
     teacher_tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_memory_bytes: int = 0
     generated: dict[str, int] = field(default_factory=dict)
 
@@ -55,9 +56,10 @@ COUNTED = ("step", "text_bytes", "student_tokens", "teacher_tokens", "seconds") 
 class TrainReport:
     """What training cost, over all processes; times are of this process.
 
-    skipped, generated: documents by reason and by kind. prepare_seconds: before the first step, the
-    teacher's writing included unless its text was in the cache. setup: what followed from the
-    settings and the models (`setting.record`).
+    cpu_seconds: processor time of the steps, of all threads. skipped, generated: documents by
+    reason and by kind. prepare_seconds: before the first step, the teacher's writing included
+    unless its text was in the cache. setup: what followed from the settings and the models
+    (`setting.record`).
     """
 
     steps: int
@@ -65,6 +67,7 @@ class TrainReport:
     student_tokens: int
     teacher_tokens: int
     train_seconds: float
+    cpu_seconds: float
     flops: float
     peak_memory_bytes: int
     processes: int = 1
@@ -192,7 +195,7 @@ class _Loop:
                 self._checkpoint(stop=was_asked_to_stop())
 
     def _optimise(self, examples: list[Example]) -> dict[str, float]:
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         # What a method draws at random depends on the step alone, so a resumed run draws the same.
         torch.manual_seed(derived_seed("step", self.spec.seed, self.done.step))
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
@@ -208,6 +211,7 @@ class _Loop:
         self.done.step += 1
         self._count(mine, written)
         self.done.seconds += time.monotonic() - started
+        self.done.cpu_seconds += time.process_time() - worked
         return {"loss": report.loss, **report.terms, **self._moving_weights(report)}
 
     def _written(self, mine: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
@@ -359,6 +363,7 @@ def _report(
         student_tokens=done.student_tokens,
         teacher_tokens=done.teacher_tokens,
         train_seconds=done.seconds,
+        cpu_seconds=done.cpu_seconds,
         flops=flops,
         peak_memory_bytes=max(done.peak_memory_bytes, peak_memory()),
         skipped=skipped,

@@ -292,17 +292,13 @@ def _on_the_same_documents(rows: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
 
 def _cost(cells: Sequence[Result]) -> RowCost:
     costs = [cell["cost"] for cell in cells]
-    devices = [_devices(cell) for cell in cells]
-    seconds = [cost.get("train_seconds") for cost in costs]
-    spent = [
-        None if time is None else time * number
-        for time, (_, number) in zip(seconds, devices, strict=True)
-    ]
-    alike = len({device for device, _ in devices}) == 1
+    devices = {_device(cell) for cell in cells}
     return RowCost(
-        device=devices[0][0],
-        device_seconds=_mean(spent) if alike else None,
-        seconds=_mean(seconds),
+        device=_device(cells[0]),
+        device_seconds=_mean([_device_seconds(cell) for cell in cells])
+        if len(devices) == 1
+        else None,
+        seconds=_mean([cost.get("train_seconds") for cost in costs]),
         peak_memory_bytes=_mean([cost.get("peak_memory_bytes") for cost in costs]),
         text_bytes=_mean([cost.get("text_bytes") for cost in costs]),
         student_tokens=_mean([cost.get("student_tokens") for cost in costs]),
@@ -311,15 +307,22 @@ def _cost(cells: Sequence[Result]) -> RowCost:
     )
 
 
-def _devices(cell: Result) -> tuple[str, int]:
-    """What a cell was trained on: GPUs, one a process, or the cores of all processes."""
-    hardware = cell["provenance"].get("hardware", {})
-    processes = cell["cost"].get("processes", 1)
-    return (
-        ("GPU", processes)
-        if hardware.get("gpus")
-        else ("CPU", processes * hardware.get("threads", 1))
-    )
+def _device(cell: Result) -> str:
+    return "GPU" if cell["provenance"].get("hardware", {}).get("gpus") else "CPU"
+
+
+def _device_seconds(cell: Result) -> float | None:
+    """Of all GPUs, one a process; else processor time, which what runs beside does not add to.
+
+    Before that was measured: of all cores that the threads could use.
+    """
+    cost, processes = cell["cost"], cell["cost"].get("processes", 1)
+    seconds = cost.get("train_seconds")
+    if _device(cell) == "CPU":
+        threads = cell["provenance"].get("hardware", {}).get("threads", 1)
+        elapsed = None if seconds is None else seconds * threads
+        seconds = cost.get("cpu_seconds", elapsed)
+    return None if seconds is None else seconds * processes
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -69,7 +69,7 @@ class Score:
 class RowCost:
     """What a row's training took, means over seeds; None where it was not recorded.
 
-    device: "GPU" or "CPU"; device_seconds: of all GPUs or of all cores used.
+    device: "GPU" or "CPU"; device_seconds: of all GPUs, or processor time.
     """
 
     device: str
