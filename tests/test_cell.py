@@ -18,6 +18,7 @@ from ctdbench import registry, results
 from ctdbench.cli import app
 from ctdbench.distill import train
 from ctdbench.distill.corpus import Corpus, Document, Segment
+from ctdbench.launch import cell
 from ctdbench.launch.content import decontaminated
 from ctdbench.spec import EvalSpec, RunSpec
 
@@ -139,6 +140,27 @@ def test_cells_of_one_pair_share_their_baselines(corpus: Path, tmp_path: Path) -
         "teacher": 1,
         "uld": 1,
     }
+
+
+def test_a_baseline_that_another_process_evaluates_comes_last(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, order = tmp_path / "runs", list[str]()
+    arguments = ("--pair", "tiny", "--budget", "1kB")
+    run(corpus, store, "--method", "sft", *arguments)
+    for path in results.find(store):
+        (path / results.RESULT).unlink()
+    (teacher,) = (store / "tiny" / "teacher").iterdir()
+    (teacher / ".lock").touch()  # as a process has it while it works there
+    own = cell._evaluate_baseline
+
+    def recorded(baseline: Any, *others: Any, **options: Any) -> None:
+        order.append(baseline.spec.method)
+        own(baseline, *others, **options)
+
+    monkeypatch.setattr(cell, "_evaluate_baseline", recorded)
+    assert run(corpus, store, "--method", "sft", *arguments).exit_code == 0
+    assert order == ["start", "teacher"]
 
 
 def test_every_teacher_of_a_pair_is_a_baseline_and_teaches(corpus: Path, tmp_path: Path) -> None:

@@ -99,8 +99,9 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
     if method.needs.text != "teacher":
         _check_text(cell, pair)
     if accelerator.is_main_process:
-        for name in results.baselines(len(spec.pair.teachers)):
-            _baseline(cell, name, pair, progress=progress)
+        own = [_baseline(cell, name) for name in results.baselines(len(spec.pair.teachers))]
+        for baseline in sorted(own, key=lambda own: is_locked(own.folder)):  # another's come last
+            _evaluate_baseline(baseline, pair, progress=progress)
     accelerator.wait_for_everyone()
     return cell.run(pair, accelerator, progress=progress)
 
@@ -313,15 +314,20 @@ class Cell:
         }
 
 
-def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> None:
-    """Evaluate the untrained student (`start`) or a teacher, once for all cells beside it."""
+def _baseline(cell: Cell, method: str) -> Cell:
+    """The untrained student (`start`) or a teacher, as the cell is evaluated."""
     neutral = TrainSpec(corpus=cell.spec.train.corpus)
     spec = cell.spec.model_copy(
         update={"method": method, "seed": 0, "options": {}, "train": neutral}
     )
-    own = Cell(spec, cell.store, cell.corpus, cell.notes)
+    return Cell(spec, cell.store, cell.corpus, cell.notes)
+
+
+def _evaluate_baseline(own: Cell, pair: LoadedPair, *, progress: bool) -> None:
+    """Once for all cells beside it."""
     if finished(own.folder) is not None:
         return
+    method = own.spec.method
 
     def wait() -> None:
         print(f"waiting for another process that evaluates {method}", file=sys.stderr)
@@ -329,5 +335,5 @@ def _baseline(cell: Cell, method: str, pair: LoadedPair, *, progress: bool) -> N
     with exclusive(own.folder, waiting=wait):
         if results.finished(own.folder) is None:
             if progress:
-                print(f"evaluating {method} of {spec.pair.name}", file=sys.stderr)
+                print(f"evaluating {method} of {own.spec.pair.name}", file=sys.stderr)
             own.evaluate(pair.baseline(method), pair, {})
