@@ -130,7 +130,7 @@ class Table:
         limit = self.setting["limit"]
         parts = [f"{format_bytes(self.setting['budget'])} of {self.setting['corpus']} text"]
         parts += [f"{limit} items a task"] if limit else []
-        for task, items in self.setting["limits"].items():
+        for task, items in self.setting.get("limits", {}).items():
             parts.append(f"{items or 'all'} items of {task}")
         number = f" ({self.number})" if self.number > 1 else ""
         return f"{self.pair}: {', '.join(parts + changed)}{number}"
