@@ -44,7 +44,7 @@ test: $(STAMP)
 	$(BIN)/pytest -q -m "not slow"
 
 test-all: $(GEMMA) $(DOCS)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --hypothesis-profile searching
 
 # Tables in every format, figures and the report of a store; from results/ README's table, too.
 results: $(STAMP)

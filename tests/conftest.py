@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# A test that fails here fails everywhere; `pytest --hypothesis-profile default` looks further.
+# A test that fails here fails everywhere; `make test-all` looks for new examples every time.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("searching", deadline=None)
 settings.load_profile("repeatable")
 
 # Before anything imports huggingface_hub or datasets, which read them once.

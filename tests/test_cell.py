@@ -36,11 +36,6 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def slow(*values: Any) -> list[Any]:
-    """Parameters for `make test-all` alone."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
 def run(corpus: Path, store: Path, *arguments: str) -> Any:
     fixed = ("--tasks", "bpb_pydoc,teacher_jsd", "--limit", "2", "--store", str(store))
     setting = ("--set", f"train.corpus=jsonl:{corpus}", "--set", "train.batch_documents=8")
@@ -62,6 +57,7 @@ def test_a_cell_leaves_one_complete_result(corpus: Path, tmp_path: Path) -> None
     assert set(result["scores"]) == {"bpb_pydoc", "teacher_jsd"}
     assert result["cost"]["text_bytes"] >= 2000
     assert result["cost"]["flops"] > 0
+    assert result["cost"]["cpu_seconds"] > 0
     assert {"versions", "hardware", "git", "created", "evaluation"} <= set(result["provenance"])
     folder = next(store.glob("*/bld/*"))
     rows = [json.loads(line) for line in (folder / "samples/bpb_pydoc.jsonl").open()]
@@ -314,7 +310,7 @@ def llama_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", [*slow("sft", "uld"), "bld"])
+@pytest.mark.parametrize("method", ["sft", "uld", "bld"])
 def test_models_of_the_llama_qwen_shape_take_the_same_path(
     llama_qwen: Path, corpus: Path, tmp_path: Path, method: str
 ) -> None:

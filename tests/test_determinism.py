@@ -65,9 +65,9 @@ def run(store: str, method: str, *more: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        pytest.param("sft", (), marks=pytest.mark.slow),
+        ("sft", ()),
         ("bld", ()),
-        pytest.param("alm", (), marks=pytest.mark.slow),
+        ("alm", ()),
         ("strict", ("--set", "train.on_policy=1", "--set", "train.generated_tokens=12")),
         ("noisy", ("--plugin", "noisy.py")),
     ],

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctdbench.distill import models
 from ctdbench.method import Rows, Term
@@ -20,13 +20,9 @@ LEFT_OUT = -100  # the label of a row that does not count
 
 
 def can_fuse(model: Any, device: torch.device, precision: str) -> bool:
-    """Whether the package takes this head: a plain matrix, in bfloat16, with unscaled logits."""
-    inner = models.base_model(model)
-    head, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    scaled = any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
-    plain = type(head) is nn.Linear and head.bias is None and not scaled
-    there = find_spec(PACKAGE) is not None
-    return plain and there and device.type in DEVICES and precision == "bfloat16"
+    """Whether the package is there and takes this head, on this device, in this precision."""
+    suits = device.type in DEVICES and precision == "bfloat16"
+    return suits and find_spec(PACKAGE) is not None and models.is_plain_head(model)
 
 
 def cross_entropy(model: Any, rows: Rows, columns: int) -> Term:
@@ -37,14 +33,14 @@ def cross_entropy(model: Any, rows: Rows, columns: int) -> Term:
     from cut_cross_entropy import linear_cross_entropy
 
     assert rows.hidden is not None
-    inner = models.base_model(model)
+    head = models.base_model(model).get_output_embeddings()
     scored = rows.scored()
     nll: Tensor = linear_cross_entropy(
         rows.hidden.bfloat16(),
-        inner.get_output_embeddings().weight[:columns].bfloat16(),
+        head.weight[:columns].bfloat16(),
         rows.token.masked_fill(~scored, LEFT_OUT),
         ignore_index=LEFT_OUT,
-        softcap=getattr(inner.config.get_text_config(), "final_logit_softcapping", None),
+        softcap=models.softcap(model),
         reduction="sum",
         filter_eps=None,  # no gradient is left out for being small
     )

@@ -280,7 +280,20 @@ def logits(model: Any, hidden: Tensor, columns: int) -> Tensor:
         scores = scores * config.logit_scale
     if getattr(config, "logits_scaling", None):  # Granite
         scores = scores / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        cap = config.final_logit_softcapping
+    if cap := softcap(model):
         scores = cap * torch.tanh(scores / cap)
     return scores
+
+
+def is_plain_head(model: Any) -> bool:
+    """Whether `logits` is one matrix and then a soft cap at most."""
+    inner = base_model(model)
+    head, config = inner.get_output_embeddings(), inner.config.get_text_config()
+    scaled = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
+    return type(head) is nn.Linear and head.bias is None and not scaled
+
+
+def softcap(model: Any) -> float | None:
+    """What logits are kept below (Gemma 2), if anything."""
+    config = base_model(model).config.get_text_config()
+    return getattr(config, "final_logit_softcapping", None) or None

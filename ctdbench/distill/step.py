@@ -19,7 +19,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -119,7 +118,7 @@ class Step:
         self.precision = precision
         self.block_rows = block_rows
         self.balancing = balancing
-        self._compiled = compiled
+        self._may_fuse = compiled
         self._terms = _compiled(method.terms) if compiled else method.terms
         if balancing == "gradmag":
             balance.last_layer(self.network.model)
@@ -143,12 +142,10 @@ class Step:
         processes.gather(self.network)
         views = [self._views(batch, idle=idle) for batch in batches]
         views += [self._views(batches[0], idle=True) for _ in range(self._missing(len(batches)))]
-        counts = counts_in_advance(
-            [view for group in views for view in group], self.method.needs, self.accelerator
-        )
-        sums = _Sums()
-        fuses = self._fuses(counts)
-        for view in chain.from_iterable(views):
+        every = [view for group in views for view in group]
+        counts = counts_in_advance(every, self.method.needs, self.accelerator)
+        sums, fuses = _Sums(), self._fuses(counts)
+        for view in every:
             view.fused = fuses
         if self.balancing == "fixed":
             weights = {name: self._weight(name) for name in counts}
@@ -184,11 +181,9 @@ class Step:
 
     def _fuses(self, counts: Mapping[str, float]) -> bool:
         """Whether cross-entropy is all there is and can do without logits."""
-        if not self._compiled or counts.keys() != {CE} or self.method.needs.kind == "scalars":
+        if not self._may_fuse or counts.keys() != {CE} or processes.is_sharded(self.network):
             return False
-        plain = not processes.is_sharded(self.network)
-        device = self.accelerator.device
-        return plain and fused.can_fuse(self.network.model, device, self.precision)
+        return fused.can_fuse(self.network.model, self.accelerator.device, self.precision)
 
     def _missing(self, own: int) -> int:
         """How many micro-batches another process has more, where that matters."""

@@ -99,8 +99,10 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
     if method.needs.text != "teacher":
         _check_text(cell, pair)
     if accelerator.is_main_process:
-        own = [_baseline(cell, name) for name in results.baselines(len(spec.pair.teachers))]
-        for baseline in sorted(own, key=lambda own: is_locked(own.folder)):  # another's come last
+        names = results.baselines(len(spec.pair.teachers))
+        baselines = [_baseline(cell, name) for name in names]
+        # One that another process evaluates comes last: by then it may be done.
+        for baseline in sorted(baselines, key=lambda each: is_locked(each.folder)):
             _evaluate_baseline(baseline, pair, progress=progress)
     accelerator.wait_for_everyone()
     return cell.run(pair, accelerator, progress=progress)
@@ -323,17 +325,17 @@ def _baseline(cell: Cell, method: str) -> Cell:
     return Cell(spec, cell.store, cell.corpus, cell.notes)
 
 
-def _evaluate_baseline(own: Cell, pair: LoadedPair, *, progress: bool) -> None:
+def _evaluate_baseline(baseline: Cell, pair: LoadedPair, *, progress: bool) -> None:
     """Once for all cells beside it."""
-    if finished(own.folder) is not None:
+    if finished(baseline.folder) is not None:
         return
-    method = own.spec.method
+    method = baseline.spec.method
 
     def wait() -> None:
         print(f"waiting for another process that evaluates {method}", file=sys.stderr)
 
-    with exclusive(own.folder, waiting=wait):
-        if results.finished(own.folder) is None:
+    with exclusive(baseline.folder, waiting=wait):
+        if results.finished(baseline.folder) is None:
             if progress:
-                print(f"evaluating {method} of {own.spec.pair.name}", file=sys.stderr)
-            own.evaluate(pair.baseline(method), pair, {})
+                print(f"evaluating {method} of {baseline.spec.pair.name}", file=sys.stderr)
+            baseline.evaluate(pair.baseline(method), pair, {})

@@ -292,12 +292,11 @@ def _on_the_same_documents(rows: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
 
 def _cost(cells: Sequence[Result]) -> RowCost:
     costs = [cell["cost"] for cell in cells]
-    devices = {_device(cell) for cell in cells}
+    alike = len({_device(cell) for cell in cells}) == 1
+    spent = [_device_seconds(cell) for cell in cells]
     return RowCost(
         device=_device(cells[0]),
-        device_seconds=_mean([_device_seconds(cell) for cell in cells])
-        if len(devices) == 1
-        else None,
+        device_seconds=_mean(spent) if alike else None,
         seconds=_mean([cost.get("train_seconds") for cost in costs]),
         peak_memory_bytes=_mean([cost.get("peak_memory_bytes") for cost in costs]),
         text_bytes=_mean([cost.get("text_bytes") for cost in costs]),
