@@ -23,7 +23,7 @@ from ctdbench.text.projection import (
     common_pairs,
     coverage,
 )
-from ctdbench.text.vocabulary import ByteTrie, exact_matches
+from ctdbench.text.vocabulary import ByteTrie, emitted, exact_matches
 
 ByteEstimator = Literal["path", "mixed", "beam"]
 GivenProjection = tuple[Any, Any] | Callable[[], tuple[Any, Any]]
@@ -89,7 +89,8 @@ class PairTables:
     special_pairs: (student id, teacher id) of specials with the same role, the end tokens first.
     student_special, teacher_special: all ids that stand for no bytes of text.
     projection: W as (indices [V_S, k] with -1 for none, weights [V_S, k]), or what makes it when a
-        method first asks; None: `build_projection` from the vocabularies alone, no tokenizer.
+        method first asks; None: `build_projection` from the vocabularies alone, no tokenizer. Ids
+        that are never emitted are not in it (`ctdbench.text.vocabulary.emitted`).
     edit_mapping: what makes the maps of least edit distance; a harness keeps them on disk.
     """
 
@@ -192,7 +193,7 @@ class PairTables:
     def _projection(self) -> Projection:
         given = self.projection() if callable(self.projection) else self.projection
         if given is None:
-            vocabularies = self.student_vocabulary, self.teacher_vocabulary
+            vocabularies = map(emitted, (self.student_vocabulary, self.teacher_vocabulary))
             return build_projection(*vocabularies, special_pairs=self.special_pairs)
         indices, weights = map(np.asarray, given)
         return Projection(indices.astype(np.int64), weights.astype(np.float32))

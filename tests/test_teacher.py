@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from harness_setup import batch_of, documents, examples, llama_side, teacher_of
+from tiny_models import tiny_model
+from wheel_tokenizers import wheel_tokenizer
 
 from ctdbench import ops
 from ctdbench.distill import teacher
@@ -16,6 +18,7 @@ from ctdbench.distill.batches import Batch
 from ctdbench.distill.byte_beam import beam_distributions
 from ctdbench.distill.corpus import Document, Segment
 from ctdbench.distill.examples import Example, build_examples
+from ctdbench.distill.models import Side
 from ctdbench.distill.teacher import Teacher
 from ctdbench.errors import UserError
 from ctdbench.method import Needs
@@ -127,6 +130,25 @@ def test_the_beam_is_computed_once_a_document(
         other.byte_distributions(batch, None, BEAM)
     names = [path.suffix for path in (tmp_path / "cache" / "beam").iterdir()]
     assert names == [".safetensors"] * 2
+
+
+def test_the_beam_is_given_the_space_that_a_tokenizer_puts_before_a_text() -> None:
+    """By hand, its first byte: of a token that begins with the space, or of one behind it alone."""
+    tokenizer = wheel_tokenizer("mistral")
+    side = Side.of(tiny_model(tokenizer), tokenizer)
+    taught = teacher_of(side)
+    batch = batch_of(examples(llama_side("student"), side, 1))
+    first = taught.byte_distributions(batch, None, BEAM)[0]
+    bos, space = side.specials.bos, tokenizer.convert_tokens_to_ids("▁")
+    with torch.no_grad():
+        logits = side.model(input_ids=torch.tensor([[bos, space]])).logits[0]
+    begins, follows = logits[:, : taught.columns].softmax(-1)
+    expected = torch.zeros(257)
+    for token, text in enumerate(side.tokens.vocabulary):
+        if len(text) > 1 and text.startswith(b" "):
+            expected[text[1]] += begins[token]
+        expected[text[0] if text else 256] += begins[space] * follows[token]
+    torch.testing.assert_close(first, expected / expected.sum(), rtol=1e-3, atol=1e-3)  # pruned
 
 
 def test_a_beam_without_bos_is_an_error_of_one_line() -> None:

@@ -155,7 +155,7 @@ class _Author:
         # answer to it, and no side is ever shown it.
         vocabulary = self.side.tokens.vocabulary
         self.stops = self.ends | {index for index, token in enumerate(vocabulary) if not token}
-        self.prefix = b" " if self.template == "chat" and _puts_a_space(self.side) else b""
+        self.prefix = b" " if self.template == "chat" and self.side.tokens.puts_a_space() else b""
 
     def answers(self, prompts: Sequence[Document], bar: Any) -> list[Document | None]:
         """`continued`, in batches of prompts of about the same length."""
@@ -239,12 +239,6 @@ def _ends(side: Side, template: Template) -> set[int]:
         after = sequence.ids[np.flatnonzero(sequence.is_text)[-1] + 1 :].tolist()
         ends |= set([index for index in after if not side.tokens.vocabulary[index]][:1])
     return ends
-
-
-def _puts_a_space(side: Side) -> bool:
-    """Whether the tokenizer puts a space of its own before every text, as SentencePiece does."""
-    ids = side.tokens.encode("a").ids
-    return b"".join(side.tokens.vocabulary[index] for index in ids) == b" a"
 
 
 def _answer(text: str, given: Document) -> Segment:

@@ -30,6 +30,7 @@ from ctdbench.method import Method, PairInfo, PairTables, Trainable
 from ctdbench.spec import RunSpec
 from ctdbench.text.edit_distance import minimum_edit_map
 from ctdbench.text.projection import Projection, build_projection, encoder
+from ctdbench.text.vocabulary import emitted
 
 MODULES = "modules.safetensors"
 EDIT_MAP_VERSION = 1
@@ -67,7 +68,7 @@ def pair_tables(student: Side, teacher: Side) -> PairTables:
 
     def projection() -> Projection:
         return build_projection(
-            *vocabularies,
+            *map(emitted, vocabularies),
             encode_student=encoder(student.tokens),
             encode_teacher=encoder(teacher.tokens),
             special_pairs=special_pairs,

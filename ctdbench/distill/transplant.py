@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ctdbench.distill.tokenizers import Specials
 from ctdbench.errors import UserError
 from ctdbench.text.token_bytes import NotLossless, TokenBytes
-from ctdbench.text.vocabulary import ByteTrie, ids_by_bytes
+from ctdbench.text.vocabulary import ByteTrie, emitted, ids_by_bytes
 
 Start = Literal["fvt", "first_byte"]
 NO_BYTE = 0  # code of a special, and of what stands before the first token; byte b has code b + 1
@@ -69,15 +69,18 @@ def transfer_sources(
 
     fvt: a token that exists byte for byte copies; another one takes its old tokenization.
     first_byte: all old tokens that begin with the token's bytes, the token itself among them; where
-    there is none, as fvt. Specials map by role.
+    there is none, as fvt. Specials map by role. A new id that is never emitted, since another has
+    its bytes (SentencePiece's <0x37> beside 7), starts from the mean of all: a copy in the head
+    would take half of the probability of the one that is.
     """
     old, new = TokenBytes(old_tokenizer), TokenBytes(new_tokenizer)
+    vocabulary = emitted(new.vocabulary)
     known = ids_by_bytes(old.vocabulary)
     alike = _Beginnings(known) if start == "first_byte" else None
     roles = Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer))
     by_role = dict(reversed(roles))  # where one token has two roles, its first one holds
     sources: list[list[int]] = []
-    for index, token in enumerate(new.vocabulary):
+    for index, token in enumerate(vocabulary):
         if not token:
             sources.append([by_role[index]] if index in by_role else [])
         elif alike is not None and (found := alike.of(token)):

@@ -21,7 +21,7 @@ class PrefixMap:
     than its length; S of them.
 
     token [S]: the longest student token whose bytes the suffix starts with, -1: none (of equal
-        bytes the lowest id).
+        bytes the emitted one).
     node [S]: node of the whole suffix in the student's trie, -1 where no student token starts so.
     first [V_T]: `token` of the whole teacher token; of a special, the student's special of the same
         role; -1: none.

@@ -62,10 +62,11 @@ def build_projection(
     encode_student, encode_teacher: texts -> token ids, without added specials (`encoder`); None:
     greedy longest match. special_pairs: (student id, teacher id) of specials with the same role,
     one-hot like `exact` [M, 2], the tokens that both sides have (None: those with equal bytes).
-    Specials without a partner have empty rows and columns; a cut that holds one is left out.
+    Specials without a partner have empty rows and columns; a cut that holds one is left out. Of two
+    special pairs that name one id the first holds.
     """
     twins = _twins(student, teacher) if exact is None else exact
-    pairs = np.concatenate([twins, np.array(special_pairs, np.int64).reshape(-1, 2)])
+    pairs = np.concatenate([twins, _one_to_one(special_pairs)])
     one_hot, first = np.unique(pairs[:, 0], return_index=True)
     uncut = list(student)
     for row in one_hot:
@@ -119,7 +120,7 @@ def cut_tokens(
 def longest_matches(texts: Sequence[bytes], trie: ByteTrie, count: int) -> Integers:
     """The first `count` tokens of each text, cut greedily into the longest token that fits.
 
-    [n, count], -1 past the end; all -1 where no token fits. Of equal tokens the lowest id.
+    [n, count], -1 past the end; all -1 where no token fits. Of equal tokens the emitted one.
     """
     cuts = np.full((len(texts), count), -1, np.int64)
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
@@ -240,6 +241,15 @@ def _largest(
     indices[row[kept], rank[kept]], weights[row[kept], rank[kept]] = column[kept], sums[kept]
     total = weights.sum(1, keepdims=True)
     return indices, np.divide(weights, total, out=weights, where=total > 0)
+
+
+def _one_to_one(pairs: Sequence[tuple[int, int]]) -> Integers:
+    """[M, 2]: the pairs without those that name an id again."""
+    kept: list[tuple[int, int]] = []
+    for own, taught in pairs:
+        if all(own != one and taught != other for one, other in kept):
+            kept.append((own, taught))
+    return np.array(kept, np.int64).reshape(-1, 2)
 
 
 def _twins(student: Sequence[bytes], teacher: Sequence[bytes]) -> Integers:

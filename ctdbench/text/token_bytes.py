@@ -107,6 +107,10 @@ class TokenBytes:
                 results[index] = Refusal(str(error))
         return results
 
+    def puts_a_space(self) -> bool:
+        """Whether the tokenizer puts a space of its own before every text: SentencePiece does."""
+        return b"".join(self.vocabulary[index] for index in self.encode("a").ids) == b" a"
+
     def _spans(self, ids: list[int], data: bytes) -> Encoding:
         spelled = b"".join(map(self.vocabulary.__getitem__, ids))
         prefix = int(len(spelled) == len(data) + 1 and spelled.startswith(b" "))

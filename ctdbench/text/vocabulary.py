@@ -22,7 +22,7 @@ class ByteTrie:
     vocabulary: token id -> bytes; b"" stands for specials and holes, which are in no node.
 
     size: V, the length of the vocabulary. N nodes, n non-empty tokens. All arrays are int64:
-    order [n]: token ids sorted by their bytes (equal bytes: by id).
+    order [n]: token ids sorted by their bytes (equal bytes: the emitted one first, `ids_by_bytes`).
     low, high [N]: the tokens that start with the node's prefix are `order[low:high]`.
     exact [N]: those whose bytes are the prefix itself are `order[low:exact]`.
     depth, byte, parent [N]: length of the prefix, its last byte, the node without it (0, -1, -1
@@ -38,7 +38,8 @@ class ByteTrie:
         lengths = np.fromiter(map(len, vocabulary), np.int64, self.size)
         self.path_start: Integers = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.path: Integers = np.zeros(self.path_start[-1], np.int64)
-        filled = np.flatnonzero(lengths).tolist()
+        fallback = _byte_tokens(vocabulary)
+        filled = sorted(np.flatnonzero(lengths).tolist(), key=fallback.__contains__)
         self.order: Integers = np.array(sorted(filled, key=vocabulary.__getitem__), np.int64)
         text = np.frombuffer(b"".join(vocabulary), np.uint8)
         self._grow(lengths[self.order], self.path_start[self.order], text)
@@ -110,6 +111,12 @@ def ids_by_bytes(vocabulary: Sequence[bytes]) -> dict[bytes, int]:
     for token in fallback:
         ids.setdefault(vocabulary[token], token)
     return ids
+
+
+def emitted(vocabulary: Sequence[bytes]) -> list[bytes]:
+    """The vocabulary with b"" for ids that a tokenizer never emits: others have their bytes."""
+    ids = ids_by_bytes(vocabulary)
+    return [text if ids.get(text) == token else b"" for token, text in enumerate(vocabulary)]
 
 
 def _byte_tokens(vocabulary: Sequence[bytes]) -> range:
