@@ -155,7 +155,8 @@ Entry = TypeVar("Entry")
 def pick(name: str, known: Mapping[str, Entry], kind: str) -> Entry:
     """The entry of that name; raises UserError with the nearest alternatives."""
     if name not in known:
-        raise UserError(f"unknown {kind} {name!r}", suggestion(name, known))
+        own = " (a method of your own needs --plugin FILE)" if kind == "method" else ""
+        raise UserError(f"unknown {kind} {name!r}", suggestion(name, known) + own)
     return known[name]
 
 
@@ -195,6 +196,27 @@ def _meta(path: Path) -> Mapping[str, Any]:
         return _literal_meta(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # as ast raises them
         return {}
+
+
+def described(info: MethodInfo, option: str) -> str:
+    """What a method's file says of an option: its default and description; "" without a file."""
+    try:
+        return _described(info.file.read_text(encoding="utf-8"), option) if info.file else ""
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # as ast raises them
+        return ""
+
+
+def _described(code: str, option: str) -> str:
+    """Of `option: TYPE = Field(DEFAULT, description=TEXT)`."""
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.AnnAssign(ast.Name(name), value=ast.Call(args=[default], keywords=stated)) if (
+                name == option
+            ):
+                told = {word.arg: ast.literal_eval(word.value) for word in stated}
+                text = told.get("description", "")
+                return f"{text} Default: {ast.literal_eval(default)}.".strip()
+    return ""
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any
 
 from ctdbench import registry
 from ctdbench.errors import UserError
+from ctdbench.launch.grid import parse_row
 from ctdbench.spec import EvalSpec, ModelSpec, PairSpec, RunSpec, TrainSpec, parse_bytes
 
 SECTIONS = {"train": "train", "method": "options", "eval": "eval"}  # of --set -> of the file
@@ -29,16 +30,18 @@ def build_spec(
 ) -> RunSpec:
     """The cell asked for; its options are still as the user stated them.
 
-    flags: shaped like the config file; a flag that is None was not given. Raises UserError for
-    whatever is unknown or malformed.
+    flags: shaped like the config file; a flag that is None was not given. The method may be a row,
+    such as `bld[path]`; options that are stated beside it win. Raises UserError for whatever is
+    unknown or malformed.
     """
-    raw = _read_config(config) if config else {}
-    for part in (_parse_settings(settings), _given(flags)):
+    file, given = _read_config(config) if config else {}, _given(flags)
+    raw: Raw = {}
+    for part in (_variant(file), file, _variant(given), _parse_settings(settings), given):
         raw = _merge(raw, part)
     for name in ("method", "pair"):
         if not raw.get(name):
             raise UserError(f"--{name} is missing", f"ctdbench list {name}s shows the names")
-    registry.pick(str(raw["method"]), registry.methods(), "method")
+    raw["method"], _ = parse_row(str(raw["method"]))
     raw["pair"] = _pair(raw["pair"])
     raw["options"] = _section(raw, "options")
     raw["train"] = registry.validate(TrainSpec, _section(raw, "train"), "train")
@@ -93,6 +96,24 @@ def method_table() -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def row_table() -> list[str]:
+    """Lines about the rows that `--method` takes beside the methods' names."""
+    known = dict(sorted(registry.methods().items()))
+    told = {
+        f"{name}[VALUE]": f"{option}: {registry.described(info, option)}"
+        for name, info in known.items()
+        if (option := _line(info.meta.get("row")))
+    }
+    bare = [name for name, info in known.items() if info.meta.get("ce") is False]
+    told["METHOD+ce"] = f"cross-entropy, too, where it was published without: {', '.join(bare)}"
+    indent = " " * (4 + max(map(len, told)))
+    lines = ["rows beside these:"]
+    for row, text in told.items():
+        first = f"  {row}".ljust(len(indent))
+        lines += textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=indent)
+    return lines
+
+
 def _told(meta: Mapping[str, Any]) -> str:
     """What META says beside the title; a plugin may leave out or misspell any of it."""
     paper, year, cost = (_line(meta.get(key)) for key in ("paper", "year", "cost"))
@@ -118,6 +139,12 @@ def bytes_of(text: str, where: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _variant(part: Raw) -> Raw:
+    """The options that a row such as `bld[path]` stands for."""
+    method = part.get("method")
+    return {"options": parse_row(str(method))[1]} if method else {}
 
 
 def _pair(stated: Any) -> PairSpec:
@@ -179,7 +206,9 @@ def _given(flags: Mapping[str, Any]) -> Raw:
 def _merge(base: Raw, over: Raw) -> Raw:
     """`over` on top of `base`; train, eval and options field by field."""
     sections = {
-        name: {**_section(base, name), **over[name]} for name in SECTIONS.values() if name in over
+        name: _section(base, name) | _section(over, name)
+        for name in SECTIONS.values()
+        if name in over
     }
     return {**base, **over, **sections}
 

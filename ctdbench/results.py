@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
-from ctdbench import atomic
+from ctdbench import atomic, registry
 from ctdbench.errors import UserError
+from ctdbench.labels import row_label
+from ctdbench.registry import MethodInfo
 from ctdbench.spec import BASELINE, check_name
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class StoredPair(TypedDict):
 
     name: str
     teachers: Annotated[list[StoredModel], Field(min_length=1)]
+    learning_rate: NotRequired[float]
 
 
 class StoredTrain(TypedDict):
@@ -81,6 +84,7 @@ class StoredTrain(TypedDict):
 
     corpus: str
     budget: int
+    learning_rate: NotRequired[float | None]
 
 
 class StoredEval(TypedDict, total=False):
@@ -229,6 +233,8 @@ def named(found: Mapping[Path, Result], cell: str, store: Path) -> Path:
     if len(matching) != 1:
         count = f"{len(matching)} finished cells" if matching else "no finished cell"
         hint = "give the id, the name of the cell's folder"
+        if Path(cell).is_dir():
+            hint += f"; evaluate takes a model's folder as dir:{cell}"
         raise UserError(f"{count} in {store} whose id starts with {cell!r}", hint)
     return matching[0]
 
@@ -263,28 +269,32 @@ def find(
 def load(store: Path = Path("runs")) -> pandas.DataFrame:
     """Every score of the finished cells below `store`, one row per (cell, task, metric).
 
-    Columns: pair, method, seed, cell, task, metric, value, stderr, corpus, budget (bytes), limit,
-    and those of `Cost`.
+    Columns: pair, method, row (as tables call it: `bld[path]`, `gold+ce`), seed, cell, task,
+    metric, value, stderr, corpus, budget (bytes), learning_rate, limit, and those of `Cost`. Cells
+    of one row may differ in options that `row` does not name; a table then adds them.
     """
     import pandas
 
-    cells = find(Path(store)).values()
-    rows = [row for result in cells for row in _rows(result)]
-    names = ["pair", "method", "seed", "cell", "task", "metric", "value", "stderr"]
-    columns = [*names, "corpus", "budget", "limit", *Cost.__annotations__]
+    cells, known = find(Path(store)).values(), registry.methods()
+    rows = [row for result in cells for row in _rows(result, known)]
+    names = ["pair", "method", "row", "seed", "cell", "task", "metric", "value", "stderr"]
+    settings = ["corpus", "budget", "learning_rate", "limit"]
+    columns = [*names, *settings, *Cost.__annotations__]
     return pandas.DataFrame(rows, columns=columns)
 
 
-def _rows(result: Result) -> Iterator[dict[str, Any]]:
-    spec = result["spec"]
-    train, settings = spec.get("train", {}), spec.get("eval", {})
+def _rows(result: Result, known: Mapping[str, MethodInfo]) -> Iterator[dict[str, Any]]:
+    spec, method = result["spec"], result["spec"]["method"]
+    train, settings = spec["train"], spec["eval"]
     cell = {
         "pair": spec["pair"]["name"],
-        "method": spec["method"],
+        "method": method,
+        "row": method if is_baseline(method) else row_label(spec, known),
         "seed": spec["seed"],
         "cell": result["id"],
-        "corpus": train.get("corpus"),
-        "budget": train.get("budget"),
+        "corpus": train["corpus"],
+        "budget": train["budget"],
+        "learning_rate": train.get("learning_rate") or spec["pair"].get("learning_rate"),
         "limit": settings.get("limit"),
         **result["cost"],
     }

@@ -1,7 +1,8 @@
 """What a user can ask for, as frozen pydantic models, and the identity of a cell.
 
 A cell's id hashes every field that can change its result; fields marked `runtime()` cannot, and a
-test forces every field to be one or the other.
+test forces every field to be one or the other. What only the method knows to matter (`micro_batch`
+where its loss sees one as a whole) enters by the content that `cell_id` is given.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ class TrainSpec(Frozen):
     micro_batch: int | None = runtime(
         None,
         ge=1,
-        description="Documents per forward pass; default: all, on a processor those of one length.",
+        description="Documents per forward pass; default: all, on a processor those of one length. "
+        "A method whose loss sees a micro-batch as a whole makes it part of the cell's id.",
     )
     block_rows: int = runtime(
         512, ge=8, description="Rows of both sides whose logits exist at a time."

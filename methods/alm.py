@@ -16,8 +16,8 @@ h the last-layer state that has read the chunk, the student's through a linear p
 widths differ. Chunks are not merged there.
 
 The row after a chunk may be missing, at the end of a document or of a piece cut from one: b = 1 on
-both sides there, and the chunk has no state. Pure ALM by default (`ce_weight` 0). Several terms (CE, the
-state term) are balanced by gradmag, as in the paper, unless train.balance says otherwise.
+both sides there, and the chunk has no state. Pure ALM by default (`ce_weight` 0). Several terms
+(CE, the state term) are balanced by gradmag, as in the paper, unless train.balance says otherwise.
 
 Public code (bminixhofer/tokenkit, `compute_alm_loss`): the other divergences, debias = eos (mass of
 the end token instead), weights and normalisers below. Its `abs_exp` is one of the two branches of

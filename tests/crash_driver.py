@@ -29,6 +29,7 @@ POINTS = {
     "result": ("ctdbench.launch.cell", "without_private"),  # samples are written
     "rename": ("pathlib", "Path.replace"),
     "tidying": ("shutil", "rmtree"),
+    "weights": ("ctdbench.distill.saving", "save"),  # the result is there
 }
 
 

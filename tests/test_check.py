@@ -66,7 +66,7 @@ def test_a_name_of_two_kinds_needs_one(tmp_path: Path, monkeypatch: pytest.Monke
         (["bld", "--kind", "pair"], "unknown pair 'bld'"),
         (["bld", "--kind", "task"], "unknown task 'bld'"),
         (["tiny", "--set", "method.weight=1"], "tiny is a pair and has no options"),
-        (["nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["nowhere.yaml"], "there is no file nowhere.yaml"),
         (["tiny", "--kind", "model"], "Invalid value for '--kind'"),
     ],
 )

@@ -21,7 +21,7 @@ from ctdbench.cli import app
 from ctdbench.errors import PreflightError, RunError
 from ctdbench.launch import preflight
 from ctdbench.method import create
-from ctdbench.spec import RunSpec
+from ctdbench.spec import EvalSpec, RunSpec
 
 ASK = "import sys; from ctdbench.cli import app; app({arguments!r})"
 LOADED = """
@@ -92,6 +92,9 @@ GOOD = ("run", "--method", "sft", "--pair", "smol-mistral")
         (["run", "--pair", "smol-mistral"], "--method is missing"),
         (["run", "--method", "sft"], "--pair is missing"),
         (["run", "--method", "sfd", "--pair", "smol-mistral"], "did you mean sft"),
+        (["run", "--method", "sft,bld"], "run takes one method; several: ctdbench sweep --method"),
+        (["run", "--method", "mine"], "(a method of your own needs --plugin FILE)"),
+        (["run", "--method", "sft[path]"], "method sft has no variants with names of their own"),
         (["run", "--method", "sft", "--pair", "smol-mistra"], "did you mean smol-mistral"),
         (["run", "--method", "../sft", "--pair", "smol-mistral"], "unknown method '../sft'"),
         ([*GOOD, "--tasks", "gsm9k"], "did you mean gsm8k"),
@@ -108,6 +111,10 @@ GOOD = ("run", "--method", "sft", "--pair", "smol-mistral")
         ([*GOOD, "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
         ([*GOOD, "--plugin", "nowhere.py"], "plugin nowhere.py is no file"),
         (["table", "--store", "nowhere"], "no results in nowhere"),
+        (["table", "--pair", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["check", "./nowhere.yaml"], "there is no file nowhere.yaml. "),
+        (["export", ".", "--to", "out"], "evaluate takes a model's folder as dir:."),
+        (["evaluate", "."], "evaluate takes a model's folder as dir:."),
         (["list", "method"], "method"),
         (["corpus", "--out", "x.gz", "--bytes", "many"], "--bytes: 'many' is no amount of bytes"),
     ],
@@ -171,6 +178,54 @@ def test_flags_win_over_set_and_set_over_the_file(engine: list[Any]) -> None:
     assert (spec.seed, spec.train.budget, spec.train.clip, spec.train.warmup) == (7, 3000, 4.0, 0.2)
     assert (spec.options["kl_weight"], spec.options["byte_weight"]) == (0.001, 2.0)
     assert (spec.eval.limit, spec.eval.tasks) == (3, ("piqa", "bpb_pydoc"))
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "setting"),
+    [
+        ("bld[path]", "bld", "method.bytes=path"),
+        ("gold+ce", "gold", "method.ce_weight=1"),
+        ("bld[path]+ce", "bld", "method.bytes=path"),
+    ],
+)
+def test_run_takes_a_row_as_tables_show_it(
+    row: str, method: str, setting: str, engine: list[Any]
+) -> None:
+    for named in (("--method", row), ("--method", method, "--set", setting), ("--method", method)):
+        outcome = call("run", "--pair", "smol-mistral", *named)
+        assert outcome.exit_code == 0, outcome.output
+    short, long, plain = (spec for spec, _, _ in engine)
+    assert short == long
+    assert short.cell_id({}) == long.cell_id({}) != plain.cell_id({})
+
+
+def test_what_is_stated_beside_a_row_wins_over_it(engine: list[Any]) -> None:
+    Path("run.yaml").write_text("method: bld[path]\npair: smol-mistral\noptions: {slots: 3}\n")
+    call("run", "--config", "run.yaml")
+    call("run", "--config", "run.yaml", "--method", "bld[beam]")
+    call("run", "--config", "run.yaml", "--method", "bld[beam]", "--set", "method.bytes=mixed")
+    assert [spec.options["bytes"] for spec, _, _ in engine] == ["path", "beam", "mixed"]
+    assert {spec.options["slots"] for spec, _, _ in engine} == {3}
+
+
+def test_run_ends_with_the_cell_and_its_folder(
+    engine: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = call(*GOOD).stdout.splitlines()[-1]
+    (folder,) = Path("runs/smol-mistral/sft").iterdir()
+    assert first == f"cell {folder.name}: {folder}"
+    engine_module = sys.modules["ctdbench.launch.cell"]
+    done = {**engine_module.run_cell(engine[0][0], Path("runs")), "was_done": True}
+    monkeypatch.setattr(engine_module, "run_cell", lambda *_, **__: done)
+    again = call(*GOOD)
+    assert "was done already" in again.stderr
+    assert again.stdout.splitlines()[-1] == first
+
+
+def test_the_help_of_run_tells_the_defaults() -> None:
+    shown = " ".join(call("run", "--help").stdout.split())
+    for default in ("0", "200kB", ", ".join(EvalSpec().tasks), "all items"):
+        assert f"[default: ({default})]" in shown
 
 
 def test_the_spec_of_a_result_is_a_config_file(engine: list[Any]) -> None:
@@ -268,7 +323,8 @@ def test_list_methods_says_what_each_one_is_and_needs() -> None:
     """In two lines of at most 100 columns, and as quickly as every list."""
     done, loaded = apart("list", "methods")
     assert not loaded & {"torch", "transformers", "pandas", "lm_eval", "datasets", "scipy"}
-    header, *lines = done.stdout.splitlines()
+    table, rows = done.stdout.split("\n\n")
+    header, *lines = table.splitlines()
     assert header.split() == ["arXiv", "year", "needs", "cost"]
     assert max(map(len, lines)) <= 100
     told = dict(zip(lines[::2], lines[1::2], strict=True))
@@ -282,6 +338,11 @@ def test_list_methods_says_what_each_one_is_and_needs() -> None:
         needs = ", ".join([*meta["needs"], *policy])
         year = str(meta["year"] or "-")
         assert found == [meta["paper"] or "-", year, needs, meta["cost"]], title
+    assert max(map(len, rows.splitlines())) <= 100
+    variant, mixture = " ".join(rows.split()).split(" METHOD+ce ")
+    assert variant.startswith("rows beside these: bld[VALUE] bytes: ")
+    assert variant.endswith("mixed, path or beam. Default: mixed.")
+    assert mixture.endswith(": alm, bpm, escd, gold, kd, simct, strict")
 
 
 NEEDS = {
@@ -363,6 +424,10 @@ def test_a_table_of_one_pair_as_json(tmp_path: Path) -> None:
     tables = json.loads(call(*arguments).stdout)
     assert [table["pair"] for table in tables] == ["smol-short"]
     assert call("table", "--store", str(tmp_path), "--format", "jason").exit_code == 2
+    own = tmp_path / "mine.yaml"
+    own.write_text(registry.pair_files()["smol-short"].read_text() + "name: smol-short\n")
+    by_file = (*arguments[:-1], str(own))
+    assert [table["pair"] for table in json.loads(call(*by_file).stdout)] == ["smol-short"]
 
 
 def test_no_command_shows_the_help() -> None:

@@ -137,6 +137,36 @@ def test_kills_at_chosen_points_change_no_number(
     assert_clean(store, {REQUEST, LOG} if make is sweep else set())
 
 
+@pytest.mark.parametrize("make", [command, sweep])
+def test_a_result_survives_kills_while_its_weights_are_computed(
+    make: Prepare, driver: Driver, undisturbed: Ended
+) -> None:
+    store = f"weights-of-{make.__name__}"
+    assert driver.run(*make(store)).code == 0
+    known, folder = finished(store), cell(store)
+    again, checkpoints = (*make(store), "--set", "train.keep_model=true"), list[list[str]]()
+    for point in (("training", 4), ("checkpoint", 2), ("evaluation", 1), ("result", 1)):
+        ended = driver.run(*again, at=point)
+        assert ended.signal == 9, (point, ended.stderr)
+        assert finished(store) == known
+        results.read_result(folder / RESULT)
+        assert driver.run(*make(store)).code == 0  # nobody asks for weights: there is a result
+        checkpoints.append(sorted(path.name for path in (folder / CHECKPOINTS).iterdir()))
+        assert results.state(folder, keeps_model=True) == "resumable"
+    assert checkpoints[0] == checkpoints[1] < checkpoints[2] == checkpoints[3]
+    ended = driver.run(*again, at=("weights", 1))
+    assert ended.signal == 9, ended.stderr
+    assert finished(store).keys() == known.keys()
+    assert finished(store)[folder / RESULT] != known[folder / RESULT]
+    assert results.state(folder, keeps_model=True) == "resumable"
+    assert driver.run(*again).code == 0
+    assert results.state(folder, keeps_model=True) == "done"
+    assert not (folder / CHECKPOINTS).exists()
+    expected = numbers("undisturbed")
+    expected[folder.name][0]["spec"]["train"]["keep_model"] = True
+    assert numbers(store) == expected
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_number(driver: Driver, undisturbed: Ended) -> None:
     phases = kill_often(driver, command, "undisturbed", undisturbed.seconds / 3)

@@ -122,6 +122,46 @@ def test_a_failed_cell_is_tried_again_and_a_killed_one_is_no_longer_failed(
     assert results.state(cell(store, "again")) == "done"
 
 
+def test_a_result_stays_until_another_takes_its_place(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell that is trained again for its weights fails, is killed, and is done in the end."""
+    asked = ("--seed", "40")
+    before = set((store / "runs/tiny/sft").iterdir())
+    assert run(store, "sft", *asked).exit_code == 0
+    (folder,) = set((store / "runs/tiny/sft").iterdir()) - before
+    written = (folder / RESULT).read_bytes()
+    for failure in (ValueError, KeyboardInterrupt):
+        with monkeypatch.context() as patch:
+            patch.setattr("ctdbench.launch.cell.evaluate", _raise(failure))
+            assert run(store, "sft", *asked, "--keep-model").exit_code != 0
+        assert (folder / RESULT).read_bytes() == written
+        assert results.state(folder) == "done"
+        assert results.state(folder, keeps_model=True) == "resumable"
+    taken, schedule = list[int](), train.schedule
+    monkeypatch.setattr(train, "schedule", lambda *of: taken.append(of[0]) or schedule(*of))
+    assert run(store, "sft", *asked, "--keep-model").exit_code == 0
+    assert not taken, "it went on from the last checkpoint"
+    assert results.state(folder, keeps_model=True) == "done"
+    assert (folder / RESULT).read_bytes() != written
+    assert not (folder / CHECKPOINTS).exists()
+
+
+def test_weights_that_cannot_be_written_leave_the_scores(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--seed", "41", "--keep-model")
+    before = set((store / "runs/tiny/sft").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("ctdbench.launch.kept.saving.save", _raise(ValueError))
+        assert run(store, "sft", *asked).exit_code == 1
+    (folder,) = set((store / "runs/tiny/sft").iterdir()) - before
+    assert results.state(folder) == "done"
+    assert results.state(folder, keeps_model=True) == "resumable"
+    assert run(store, "sft", *asked).exit_code == 0
+    assert results.state(folder, keeps_model=True) == "done"
+
+
 def _raise(kind: type[BaseException]) -> Any:
     def fail(*_: Any, **__: Any) -> None:
         raise kind("on the way")

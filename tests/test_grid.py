@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_grids import TUNING, lines_of, make_grid
 from ctdbench import request
 from ctdbench.errors import UserError
 from ctdbench.launch import grid
+
+GRIDS = Path(__file__).resolve().parents[1] / "results" / "grids"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,76 @@ def test_settings_are_not_chosen_on_what_the_table_is_about() -> None:
     (line,) = lines_of(tuning=TUNING)
     assert {cell.spec.eval.held_out for cell in line.trials} == {"validation"}
     assert {cell.spec.eval.held_out for cell in line.finals(0.1)} == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("select", "reported"),
+    [
+        ("gsm8k_bpb.bpb", "gsm8k"),
+        ("gsm8k.exact_match", "gsm8k_bpb"),
+        ("agi_zh.acc", "agi_zh_bpb"),
+        ("teacher_jsd_pydoc.jsd", "bpb_pydoc"),
+        ("bpb_pydoc.bpb", "teacher_jsd_pydoc"),
+        ("arithmetic_word.bpb", "arithmetic_word"),
+    ],
+)
+def test_the_same_items_under_another_name_are_the_same(select: str, reported: str) -> None:
+    with pytest.raises(UserError, match="the table is about the same items"):
+        lines_of(eval={"tasks": ["piqa", reported]}, tuning={**TUNING, "select": select})
+    lines_of(eval={"tasks": ["piqa", "teacher_jsd"]}, tuning={**TUNING, "select": select})
+
+
+DATA = """\
+task: {name}
+dataset_path: {builder}
+{more}
+test_split: test
+doc_to_text: question
+doc_to_target: answer
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("builder", "more", "other", "alike"),
+    [
+        ("openai/gsm8k", "dataset_name: main", "gsm8k", True),
+        ("openai/gsm8k", "dataset_name: socratic", "gsm8k", False),
+        ("json", "dataset_kwargs: {data_files: {test: x.jsonl}}", "twin", True),
+        ("json", "dataset_kwargs: {data_files: {train: x.jsonl, test: y.jsonl}}", "twin", False),
+    ],
+)
+def test_a_task_of_ones_own_is_known_by_its_data(
+    builder: str, more: str, other: str, alike: bool, tmp_path: Path
+) -> None:
+    twin = ("twin", "json", "dataset_kwargs: {data_files: ./x.jsonl}")
+    for name, path, rest in (("mine", builder, more), twin):
+        text = DATA.format(name=name, builder=path, more=rest)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = [str(tmp_path / f"{name}.yaml") for name in ("mine", "twin")]
+    settings = {"tasks": [other], "task_files": files}
+    tuning = {**TUNING, "select": "mine.exact_match"}
+    if alike:
+        with pytest.raises(UserError, match=f"the same items of mine in {other}"):
+            lines_of(eval=settings, tuning=tuning)
+    else:
+        assert lines_of(eval=settings, tuning=tuning)
+
+
+def test_a_table_is_not_about_the_part_that_settings_are_chosen_on() -> None:
+    validation = {"tasks": ["bpb_heldout"], "held_out": "validation"}
+    with pytest.raises(UserError, match=r"eval\.held_out"):
+        lines_of(eval=validation, tuning=TUNING)
+    (line,) = lines_of(eval=validation)  # without tuning it is a setting like others
+    assert line.spec.eval.held_out == "validation"
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_grids_choose_on_what_no_table_is_about(path: Path) -> None:
+    planned = grid.lines(grid.read(path), request.build_spec, {})
+    for line in planned:
+        assert {cell.spec.eval.held_out for cell in line.trials} == {"validation"}
+        assert line.spec.eval.held_out == "test"
 
 
 def test_trials_keep_no_models() -> None:

@@ -166,6 +166,42 @@ def test_how_a_result_is_made_does_not_change_the_id(more: tuple[str, ...], fold
     assert cell_id(*more) == cell_id()
 
 
+@pytest.mark.parametrize(
+    ("scope", "ids"), [("batch", 1), ("microbatch", 2)], ids=["batch", "microbatch"]
+)
+def test_the_micro_batch_counts_where_a_loss_sees_it_whole(
+    scope: str, ids: int, folder: Path
+) -> None:
+    """The default is the whole batch of 4, and more than that there is not."""
+    asked = ("--set", f"method.topk_scope={scope}")
+    groups = replaced("mine", "p-kl")
+    groups = tuple(group for group in groups if group[0] != "--plugin")
+    sizes = ("null", "4", "9", "2")
+    found = [cell_id(*asked, "--set", f"train.micro_batch={n}", groups=groups) for n in sizes]
+    assert len(set(found[:3])) == 1
+    assert len(set(found)) == ids
+
+
+def test_several_processes_leave_a_loss_that_sees_micro_batches_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cut the batch otherwise, and the id does not tell how many there were."""
+    own = cell.Accelerator
+
+    def of_two(**options: Any) -> Any:
+        made = own(**options)
+        made.state.num_processes = 2
+        return made
+
+    monkeypatch.setattr(cell, "Accelerator", of_two)
+    monkeypatch.setattr(cell.processes, "check", lambda accelerator: None)
+    arguments = ("run", "--method", "p-kl", "--pair", "p.yaml", "--budget", "1kB", "--tasks")
+    asked = ("bpb_pydoc", "--set", "train.corpus=jsonl:corpus.jsonl", "--set")
+    done = CliRunner().invoke(app, [*arguments, *asked, "method.topk_scope=microbatch"])
+    assert done.exit_code == 2
+    assert "train it in one process" in done.stderr.splitlines()[-1]
+
+
 def test_where_things_lie_does_not_change_the_id(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

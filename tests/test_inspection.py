@@ -219,7 +219,10 @@ def test_the_terminal_shows_the_same_in_columns(found: Findings) -> None:
     assert lines["1 of student"][3] == f"{100 * teacher.chunks.one_to_one:.1f}%"
     assert lines["1-digit numerals"][2:6] == ["10", "of", "10", "10"]
     assert lines["digits"][1:] == ["0", "9", "11"]
-    assert "recommended: h-kl, because" in shown
+    assert "of X-Token's two losses: h-kl rather than p-kl, because" in shown
+    reached = f"{teacher.columns:,} of {teacher.teacher_ids:,}"
+    assert lines["teacher tokens that P-KL's projection reaches"][-3:] == reached.split()
+    assert lines["token pairs of H-KL"][-1] == f"{teacher.relaxed_pairs:,}"
     assert "by probability" not in shown
     assert "documents refused" not in shown
 

@@ -157,6 +157,21 @@ def test_a_plugin_that_is_no_file_or_has_no_proper_name(tmp_path: Path) -> None:
         registry.add_plugin(write(tmp_path, "My Method.py", PLUGIN))
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("class O:\n kind: str = Field('a', description='a or ' 'b.')\n", "a or b. Default: a."),
+        ("class O:\n kind: str = Field('a', description=f'{x}')\n", ""),
+        ("class O:\n other: str = Field('a', description='b.')\n", ""),
+        ("a: int = Field(ONE, le=ONE)\nkind: str = Field('b', le=3)\n", "Default: b."),
+        ("def (\n", ""),
+    ],
+)
+def test_an_option_is_described_without_importing_it(text: str, told: str, tmp_path: Path) -> None:
+    info = registry.MethodInfo("mine", write(tmp_path, "mine.py", text), {"row": "kind"})
+    assert registry.described(info, "kind") == told
+
+
 @pytest.mark.parametrize("text", ["META = {'title': compute()}\n", "META = 3\n", "def (\n", ""])
 def test_meta_that_is_no_literal_is_left_out(text: str, tmp_path: Path) -> None:
     registry.add_plugin(write(tmp_path, "odd.py", text))

@@ -13,8 +13,9 @@ from example_results import example, store_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctdbench import results
+from ctdbench import registry, results
 from ctdbench.errors import RunError, UserError
+from ctdbench.report import comparison
 
 SCORES: dict[str, dict[str, float | None]] = {"piqa": {"acc": 0.5, "bpb": 1.25}}
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)
@@ -137,6 +138,30 @@ def test_load_has_one_row_per_cell_task_and_metric(tmp_path: Path) -> None:
     assert (row["value"], row["stderr"], row.budget, row.limit) == (1.25, 0.01, 60_000, 24)
     assert (row.pair, row.corpus, row.train_seconds) == ("smol-mistral", "embedded", 100.0)
     assert math.isnan(frame[frame.seed == 3].iloc[0]["value"])
+
+
+def test_load_names_rows_as_tables_do(tmp_path: Path) -> None:
+    """Two learning rates are two rows, and a cell that states none has its pair's."""
+    cells = {
+        "bld[mixed]": example("bld", SCORES, options={"bytes": "mixed", "ce_weight": 1.0}),
+        "bld[path]": example("bld", SCORES, options={"bytes": "path", "ce_weight": 1.0}),
+        "gold (off-policy)": example("gold", SCORES, options={"ce_weight": 0.0}),
+        "gold+ce (off-policy)": example("gold", SCORES, options={"ce_weight": 1.0}),
+        "uld learning_rate=0.003": example("uld", SCORES, learning_rate=3e-3),
+        "start": example("start", SCORES, learning_rate=3e-3),
+    }
+    for cell in cells.values():
+        store_example(tmp_path, cell)
+    frame = results.load(tmp_path)
+    assert set(frame.row) == cells.keys()
+    assert {row: result["id"] for row, result in cells.items()} == dict(
+        zip(frame.row, frame.cell, strict=True)
+    )
+    tables = comparison(results.find(tmp_path), {})
+    assert set(frame.row) - {"start"} <= {row.label for table in tables for row in table.rows}
+    rates = dict(zip(frame.row, frame.learning_rate, strict=True))
+    own = registry.load_pair("smol-mistral").learning_rate
+    assert (rates["bld[path]"], rates["uld learning_rate=0.003"]) == (own, 3e-3)
 
 
 def test_load_reads_runs_unless_told_otherwise(

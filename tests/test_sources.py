@@ -28,8 +28,8 @@ from ctdbench.distill import setting as setup
 from ctdbench.distill.corpus import Corpus, Document, Segment, shuffled
 from ctdbench.distill.sources import OnPolicy, training_examples
 from ctdbench.errors import UserError
+from ctdbench.labels import row_label
 from ctdbench.method import create
-from ctdbench.report.grouping import row_label
 
 SHORT = {"generated_tokens": 6, "prompt_bytes": 12, "budget": 700}
 TALKATIVE = {"generated_tokens": 40, "prompt_bytes": 12, "budget": 60}

@@ -132,6 +132,20 @@ def test_a_done_cell_without_the_weights_it_is_to_keep_is_due(tmp_path: Path) ->
     assert states(keeping) == ["done"]
 
 
+def test_a_killed_search_for_weights_leaves_the_result(tmp_path: Path) -> None:
+    sweep, _ = tuned_sweep(tmp_path, lambda rate, method: rate, tuning=None, seeds=1, rows=["sft"])
+    (line,) = lines_of(tuning=None, seeds=1, rows=["sft"], train={"keep_model": True})
+    told = []
+
+    def launch(jobs: Sequence[Job], ended: Ended) -> None:
+        told.extend(ended(job, -signal.SIGKILL) for job in jobs)
+
+    keeping = Sweep([line], tmp_path)
+    keeping.run(launch)
+    assert len(told) == 1
+    assert (states(sweep), states(keeping)) == (["done"], ["absent"])
+
+
 def states(sweep: Sweep) -> list[str]:
     return [place.state for place in sweep.finals()]
 

@@ -130,6 +130,30 @@ def test_baselines_serve_every_budget_but_not_another_text_or_limit() -> None:
     assert len(only([example("bld", bpb(1.0), content={"tasks": "new"}), *stale]).rows) == 1
 
 
+def test_files_are_told_by_their_content_and_not_by_their_path() -> None:
+    """As in a cell's id; the title names the first cell's file."""
+
+    def here(cell: Result, folder: str) -> Result:
+        side = {"model": f"dir:{folder}/model", "tokenizer": f"dir:{folder}/tokenizer"}
+        cell["spec"]["pair"]["teachers"][0].update(side)  # type: ignore[typeddict-item]
+        cell["spec"]["train"]["corpus"] = f"jsonl:{folder}/text"
+        return cell
+
+    def cell(method: str, text: str = "1") -> Result:
+        return example(method, bpb(1.0), content={"corpus": text})
+
+    first, moved = here(cell("bld"), "/a"), here(cell("sft"), "/b")
+    start, another = here(cell("start"), "/a"), here(cell("uld", "2"), "/a")
+    found = report.comparison(without_samples([first, moved, start, another]))
+    assert [[row.method for row in table.rows] for table in found] == [
+        ["start", "sft", "bld"],
+        ["uld"],
+    ]
+    assert "jsonl:/a/text" in found[0].title
+    kept = report.comparable(moved, without_samples([first, moved, start, another])).values()
+    assert [result["spec"]["method"] for result in kept] == ["bld", "sft", "start"]
+
+
 def test_comparable_keeps_the_cells_of_one_table() -> None:
     cell = example("bld", bpb(1.0))
     cells = [cell, example("sft", bpb(1.0)), example("sft", bpb(1.0), budget=60_000), *baselines()]

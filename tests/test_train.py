@@ -26,9 +26,10 @@ from harness_setup import (
 )
 from torch import Tensor, nn
 
-from ctdbench.distill import checkpoint, train
+from ctdbench.distill import checkpoint, sources, train
 from ctdbench.distill import setting as setup
 from ctdbench.distill.corpus import Corpus
+from ctdbench.distill.examples import build_examples
 from ctdbench.errors import RunError, UserError
 from ctdbench.method import Block, Method, MethodOptions, Needs, PairInfo, Term, Trainable
 
@@ -360,6 +361,40 @@ def test_the_report_counts_what_was_trained_on(tmp_path: Path) -> None:
     assert set(lines[0]) >= {"loss", "ce", "uld"}
     size = sum(p.numel() for p in network.model.parameters())
     assert report.flops > 6 * size * report.student_tokens
+
+
+@pytest.mark.parametrize(
+    ("method", "taught"), [("sft", False), ("seqkd", True), ("uld", True), ("bld", True)]
+)
+def test_only_the_teachers_tokens_are_counted_as_such(
+    method: str, taught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = (documents(48), {})
+    monkeypatch.setattr(sources, "teacher_documents", lambda *_, **__: texts)
+    _, report = train_once(run_spec(method), tmp_path)
+    found, _ = build_examples(documents(48), llama_side("student"), llama_side("teacher"))
+    own, teachers = (
+        sum(len(side.chunk) for side in sides)
+        for sides in zip(*((each.student, each.teacher) for each in found), strict=True)
+    )
+    assert report.student_tokens > 0
+    assert (report.teacher_tokens > 0) == taught
+    if method == "seqkd":  # all of the text that the teacher wrote
+        assert (report.student_tokens, report.teacher_tokens) == (own, teachers)
+
+
+def test_a_resumed_run_knows_the_memory_that_was_taken_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = run_spec("sft", batch_documents=2, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        patch.setattr(train, "peak_memory", lambda: 10**15)
+        with pytest.raises(Killed):
+            train_once(spec, tmp_path)
+    monkeypatch.setattr(train, "peak_memory", lambda: 10**3)
+    _, report = train_once(spec, tmp_path)
+    assert report.peak_memory_bytes == 10**15
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone can reset it")

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ctdbench.errors import UserError
+from ctdbench.spec import EvalSpec, TrainSpec, format_bytes
 
 DEFAULT_STORE = Path("runs")
 
@@ -68,12 +69,27 @@ Plugins = Annotated[
     typer.Option("--plugin", metavar="FILE", help="Python file with your own method."),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' data; without it: the hub.")]
-Budget = Annotated[str | None, typer.Option(help="Text to train on, in bytes: 200kB, 1.5MB.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to train on, in bytes: 1.5MB.", show_default=format_bytes(TrainSpec().budget)
+    ),
+]
 Tasks = Annotated[
     str | None,
-    typer.Option("--tasks", "--task", help="Tasks' names or YAML files, separated by commas."),
+    typer.Option(
+        "--tasks",
+        "--task",
+        help="Tasks' names or YAML files, separated by commas.",
+        show_default=", ".join(EvalSpec().tasks),
+    ),
 ]
-Limit = Annotated[int | None, typer.Option(help="At most this many items a task.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="At most this many items a task.", show_default=str(EvalSpec().limit or "all items")
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Sections: train, method, eval."),

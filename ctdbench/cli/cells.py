@@ -27,13 +27,24 @@ from ctdbench.cli.application import (
     headline,
     stop,
 )
+from ctdbench.errors import UserError
+from ctdbench.spec import RunSpec
 
 
 @app.command()
 def run(
-    method: Annotated[str | None, typer.Option(help="A method's name (ctdbench list).")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A row: bld, bld[path], gold+ce (see ctdbench list methods)."),
+    ] = None,
     pair: Pair = None,
-    seed: Annotated[int | None, typer.Option(help="Of data order and new weights.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of data order and new weights.",
+            show_default=str(RunSpec.model_fields["seed"].default),
+        ),
+    ] = None,
     budget: Budget = None,
     tasks: Tasks = None,
     limit: Limit = None,
@@ -60,6 +71,8 @@ def run(
     from ctdbench import registry, request
     from ctdbench.distill import tracking
 
+    if method and "," in method:
+        raise UserError(f"run takes one method; several: ctdbench sweep --method {method}")
     for path in plugin or []:
         registry.add_plugin(path)
     if track:
@@ -95,11 +108,15 @@ def run(
 
 
 def _show_beside(result: Any, store: Path) -> None:
+    """The tables that the cell is in, and where it is."""
     from ctdbench import report, results
 
-    known = results.find(store, pair=result["spec"]["pair"]["name"], status=None)
+    pair, method = result["spec"]["pair"]["name"], result["spec"]["method"]
+    known = results.find(store, pair=pair, status=None)
     tables = report.comparison(report.comparable(result, known), headline())
     typer.echo(report.render(tables, "terminal"), nl=False)
+    cell = result["id"]
+    typer.echo(f"cell {cell}: {results.cell_dir(store, pair, method, cell)}")
 
 
 @app.command()

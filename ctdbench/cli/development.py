@@ -60,6 +60,8 @@ def check(
     from ctdbench import registry
     from ctdbench.launch.check import kind_of
 
+    if registry.is_file_name(name) and not Path(name).expanduser().is_file():
+        raise UserError(f"there is no file {Path(name)}", "ctdbench list shows the names")
     for setting in settings or []:
         if not setting.startswith("method."):
             raise UserError(

@@ -11,9 +11,7 @@ from ctdbench.cli.application import (
     DEFAULT_STORE,
     DataDir,
     Debug,
-    Limit,
     Store,
-    Tasks,
     TrustRemoteCode,
     app,
 )
@@ -36,8 +34,11 @@ def evaluate(
         Literal["probabilities", "log-probabilities"],
         typer.Option(help="What of an ensemble's members is averaged."),
     ] = "probabilities",
-    tasks: Tasks = None,
-    limit: Limit = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", "--task", help="Tasks' names or YAML files, separated by commas."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many items a task.")] = None,
     data_dir: DataDir = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write: scores, settings, every outcome.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SENTENCE = "In 1969 Neil Armstrong's first step was broadcast to 650 million people: 月球."
 Formats = Annotated[str, typer.Option("--format", help="pdf, svg, png; several with commas.")]
-OnePair = Annotated[str | None, typer.Option(help="Only this pair.")]
+OnePair = Annotated[str | None, typer.Option(help="Only this pair: its name or YAML file.")]
 
 
 @app.command(name="list")
@@ -31,7 +31,7 @@ def list_names(
     from ctdbench import request
 
     if what == "methods":
-        typer.echo("\n".join(request.method_table()))
+        typer.echo("\n".join([*request.method_table(), "", *request.row_table()]))
         return
     listed = request.listing()
     for kind in listed if what == "all" else [what]:
@@ -139,8 +139,10 @@ def _tell(drawn: Mapping[str, list[Path] | str]) -> None:
 
 def _found(store: Path, pair: str | None) -> dict[Path, Result]:
     """All cells, those that failed too; raises UserError where there are none."""
-    from ctdbench import results
+    from ctdbench import registry, results
 
+    if pair and registry.is_file_name(pair):
+        pair = registry.load_pair(pair).name
     found = results.find(store, pair=pair, status=None)
     if not found:
         of_pair = f" of pair {pair}" if pair else ""

@@ -54,12 +54,13 @@ COUNTED = ("step", "text_bytes", "student_tokens", "teacher_tokens", "seconds") 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What training cost, over all processes; times are of this process.
+    """What training cost, over all processes; times and memory are of this process.
 
-    cpu_seconds: processor time of the steps, of all threads. skipped, generated: documents by
-    reason and by kind. prepare_seconds: before the first step, the teacher's writing included
-    unless its text was in the cache. setup: what followed from the settings and the models
-    (`setting.record`).
+    teacher_tokens: of the documents as all teachers read them, where the method runs teachers; as
+    the first teacher wrote them, where it asks for its text; else 0. cpu_seconds: processor time of
+    the steps, of all threads. skipped, generated: documents by reason and by kind. prepare_seconds:
+    before the first step, the teacher's writing included unless its text was in the cache. setup:
+    what followed from the settings and the models (`setting.record`).
     """
 
     steps: int
@@ -228,18 +229,21 @@ class _Loop:
         due = {self.steps * number // points for number in range(1, points)}
         if self.score is None or step not in due - {self.steps}:
             return {}
-        self.done.peak_memory_bytes = max(self.done.peak_memory_bytes, peak_memory())
+        self._note_memory()
         student, main = self.whole().model, self.accelerator.is_main_process
         found = self.score(student) if main else {}
         self.accelerator.wait_for_everyone()
         reset_peak_memory()
         return found
 
+    def _note_memory(self) -> None:
+        self.done.peak_memory_bytes = max(self.done.peak_memory_bytes, peak_memory())
+
     def _count(self, mine: Sequence[Example], written: Mapping[str, int]) -> None:
         """Text, tokens and what the student wrote at this step, over all processes."""
         for name, count in reduced(dict(written), self.accelerator).items():
             self.done.generated[name] = self.done.generated.get(name, 0) + int(count)
-        taught = [side for example in mine for side in (example, *example.others)]
+        taught = self._taught(mine)
         counted = {
             "text_bytes": sum(len(example.text) for example in mine),
             "student_tokens": sum(len(example.student.chunk) for example in mine),
@@ -247,6 +251,13 @@ class _Loop:
         }
         for name, count in reduced(counted, self.accelerator).items():
             setattr(self.done, name, getattr(self.done, name) + int(count))
+
+    def _taught(self, mine: Sequence[Example]) -> list[Example]:
+        """The documents once for every teacher that reads or wrote them."""
+        needs = self.setting.method.needs
+        if needs.teacher:
+            return [side for example in mine for side in (example, *example.others)]
+        return list(mine) if needs.text == "teacher" else []
 
     def _moving_weights(self, report: StepReport) -> dict[str, float]:
         """The terms' weights, where balancing sets them anew at every step."""
@@ -277,6 +288,7 @@ class _Loop:
         every, step = self.spec.train.checkpoint_every, self.done.step
         if stop or (every and (step % every == 0 or step == self.steps)):
             self.metrics.flush()
+            self._note_memory()
             checkpoint.save(
                 self.folder / CHECKPOINTS,
                 self.step.network,

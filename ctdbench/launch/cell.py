@@ -1,7 +1,8 @@
 """One cell from request to result: content hashes, baselines, training, evaluation, one JSON.
 
-A result is written last. The same request again finds it, or resumes from the newest checkpoint.
-While a process works in a cell's folder, no other one does.
+A result is written after all that it tells of, and only weights that are to be kept come after it.
+The same request again finds it, or resumes from the newest checkpoint. A result stays until another
+one takes its place. While a process works in a cell's folder, no other one does.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def run_cell(
         project_dir=cell.folder / results.TRACKING,
     )
     processes.check(accelerator)
+    if accelerator.num_processes > 1 and _seen_whole(spec):
+        raise UserError(
+            f"method {spec.method}: its loss sees micro-batches whole, and processes cut others",
+            "train it in one process, or choose options by which it sees the global batch",
+        )
     hf_logging.disable_progress_bar()  # a bar for every file loaded hides the ones that matter
     with exclusive(cell.folder) if accelerator.is_main_process else nullcontext():
         found = results.finished(cell.folder, keeps_model=spec.train.keep_model)
@@ -109,12 +115,26 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
 
 
 def finished(folder: Path, *, keeps_model: bool = False) -> results.Result | None:
-    """As `results.finished`, rid of what a process killed right after the result left."""
+    """As `results.finished`, rid of what a process killed right after the result left.
+
+    Checkpoints that the cell's weights are still to come of stay, whoever asks.
+    """
     found = results.finished(folder, keeps_model=keeps_model)
     if found is not None and is_locked(folder):
         with suppress(UserError), exclusive(folder):
-            shutil.rmtree(folder / results.CHECKPOINTS, ignore_errors=True)
+            if not kept.are_due(folder):
+                shutil.rmtree(folder / results.CHECKPOINTS, ignore_errors=True)
     return found
+
+
+def _seen_whole(spec: RunSpec) -> dict[str, str]:
+    """What else identifies a cell whose loss depends on which documents share a micro-batch."""
+    if results.is_baseline(spec.method):
+        return {}
+    if create(spec.method, spec.options).needs.prepare != "microbatch":
+        return {}
+    documents = spec.train.batch_documents
+    return {"method:micro_batch": str(min(spec.train.micro_batch or documents, documents))}
 
 
 def check(spec: RunSpec, corpus: Corpus) -> None:
@@ -182,23 +202,32 @@ class Cell:
         self.store = store
         self.corpus = corpus
         self.notes = notes
-        self.content = content(spec, corpus)
+        self.content = content(spec, corpus) | _seen_whole(spec)
         self.id = spec.cell_id(self.content)
         self.folder = results.cell_dir(store, spec.pair.name, spec.method, self.id)
         self.provenance = provenance()  # of the code that runs, not of what it became meanwhile
         self.taught: Taught | None = {} if spec.eval.points > 1 else None
 
     def run(self, pair: LoadedPair, accelerator: Accelerator, *, progress: bool) -> results.Result:
-        """Train, evaluate, write the result; what breaks on the way is recorded and raised."""
+        """Train, evaluate, write the result; what breaks on the way is recorded and raised.
+
+        Weights are kept once the result of their training is there: were they there before, they
+        would lie beside the result of an earlier one.
+        """
         if accelerator.is_main_process:  # of an attempt that failed
-            (self.folder / results.RESULT).unlink(missing_ok=True)
+            if results.finished(self.folder) is None:
+                (self.folder / results.RESULT).unlink(missing_ok=True)
             kept.discard(self.folder)
         try:
+            if self.spec.train.keep_model and accelerator.is_main_process:
+                kept.announce(self.folder)
             student, cost = self._train(pair, accelerator, progress=progress)
             if accelerator.is_main_process:
                 if progress:
                     print(f"evaluating {self.spec.method}", file=sys.stderr)
                 self.evaluate(student, pair, cost)
+                if self.spec.train.keep_model:
+                    kept.keep(student, self.folder)
         except Exception as error:
             if accelerator.is_main_process and getattr(error, "exit_code", 1) == 1:
                 self.record_failure(error)
@@ -228,10 +257,7 @@ class Cell:
         if accelerator.is_main_process:
             save_modules(self.spec, setting, network, self.folder)
         exported = models.merged(network.model).float().eval()
-        student = replace(pair.student, model=exported)
-        if self.spec.train.keep_model and accelerator.is_main_process:
-            kept.keep(student, self.folder)
-        return student, asdict(report)
+        return replace(pair.student, model=exported), asdict(report)
 
     def _guide(self, pair: LoadedPair, index: int, precision: str) -> Guide:
         """The teacher at `index` with its tables."""
@@ -295,7 +321,9 @@ class Cell:
         return found
 
     def record_failure(self, error: Exception) -> None:
-        """Write the result of a cell that broke: its reason alone."""
+        """Write the result of a cell that broke: its reason alone. A cell that is done stays so."""
+        if results.finished(self.folder) is not None:
+            return
         line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         result = without_private(self._result("failed", [line], {}))
         with suppress(RunError):  # a full disk is what may have broken the run

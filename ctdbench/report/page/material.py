@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctdbench import registry
-from ctdbench.report import grouping
+from ctdbench.labels import row_label
 from ctdbench.report.comparison import comparison
 from ctdbench.report.outcomes import Samples
 from ctdbench.report.page.markup import anchor
@@ -59,7 +59,7 @@ class Material:
         place = self.places.get(cell)
         if place is not None:
             return place.row.label
-        return grouping.row_label(self.cells[cell]["spec"], registry.methods())
+        return row_label(self.cells[cell]["spec"], registry.methods())
 
     def pair(self, table: Table) -> Mapping[str, Any]:
         """The pair of a table as its cells state it."""
