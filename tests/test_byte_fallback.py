@@ -66,7 +66,7 @@ def test_what_is_never_emitted_has_no_bytes() -> None:
 def test_a_real_tokenizer_emits_no_other_ids(name: str) -> None:
     tokens = wheel_token_bytes(name)
     left = emitted(tokens.vocabulary)
-    for encoding in tokens.encode_batch(list(real_documents())):
+    for encoding in tokens.encode_batch(list(real_documents()[::3])):
         if isinstance(encoding, Encoding):
             assert all(left[index] or not tokens.vocabulary[index] for index in encoding.ids)
 

@@ -137,23 +137,23 @@ def test_kills_at_chosen_points_change_no_number(
     assert_clean(store, {REQUEST, LOG} if make is sweep else set())
 
 
-@pytest.mark.parametrize("make", [command, sweep])
+@pytest.mark.slow
 def test_a_result_survives_kills_while_its_weights_are_computed(
-    make: Prepare, driver: Driver, undisturbed: Ended
+    driver: Driver, undisturbed: Ended
 ) -> None:
-    store = f"weights-of-{make.__name__}"
-    assert driver.run(*make(store)).code == 0
+    store = "weights"
+    assert driver.run(*command(store)).code == 0
     known, folder = finished(store), cell(store)
-    again, checkpoints = (*make(store), "--set", "train.keep_model=true"), list[list[str]]()
-    for point in (("training", 4), ("checkpoint", 2), ("evaluation", 1), ("result", 1)):
+    again, checkpoints = (*command(store), "--set", "train.keep_model=true"), list[list[str]]()
+    for point in (("training", 4), ("result", 1)):
         ended = driver.run(*again, at=point)
         assert ended.signal == 9, (point, ended.stderr)
         assert finished(store) == known
         results.read_result(folder / RESULT)
-        assert driver.run(*make(store)).code == 0  # nobody asks for weights: there is a result
+        assert driver.run(*command(store)).code == 0  # nobody asks for weights: there is a result
         checkpoints.append(sorted(path.name for path in (folder / CHECKPOINTS).iterdir()))
         assert results.state(folder, keeps_model=True) == "resumable"
-    assert checkpoints[0] == checkpoints[1] < checkpoints[2] == checkpoints[3]
+    assert checkpoints[0] < checkpoints[1]
     ended = driver.run(*again, at=("weights", 1))
     assert ended.signal == 9, ended.stderr
     assert finished(store).keys() == known.keys()
