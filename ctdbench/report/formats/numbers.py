@@ -40,11 +40,11 @@ def significant(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """5442 -> `5.44k`."""
+    """5442 -> `5.44k`, 0 -> `0`."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{significant(value / scale)}{unit}"
-    return significant(value)
+    return f"{value:.0f}"
 
 
 def _fixed(value: float, digits: int, sign: str = "") -> str:
