@@ -23,7 +23,7 @@ from ctdbench.text.projection import (
     common_pairs,
     coverage,
 )
-from ctdbench.text.vocabulary import ByteTrie, emitted, exact_matches
+from ctdbench.text.vocabulary import ByteTrie, emitted, exact_matches, one_to_one
 
 ByteEstimator = Literal["path", "mixed", "beam"]
 GivenProjection = tuple[Any, Any] | Callable[[], tuple[Any, Any]]
@@ -142,13 +142,7 @@ class PairTables:
         Byte-equal tokens, then specials of the same role; of two claims to an id the first holds.
         """
         matches = exact_matches(self.student_vocabulary, self.teacher_vocabulary).tolist()
-        pairs: dict[int, int] = {}
-        taken: set[int] = set()
-        for student, teacher in [*matches, *self.special_pairs]:
-            if student not in pairs and teacher not in taken:
-                pairs[student] = teacher
-                taken.add(teacher)
-        return torch.tensor(list(pairs.items()), dtype=torch.long).reshape(-1, 2)
+        return torch.from_numpy(one_to_one([*matches, *self.special_pairs]))
 
     @cached_property
     def edit_map(self) -> Tensor:

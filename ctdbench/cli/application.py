@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,21 +76,14 @@ Budget = Annotated[
         help="Text to train on, in bytes: 1.5MB.", show_default=format_bytes(TrainSpec().budget)
     ),
 ]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        "--tasks",
-        "--task",
-        help="Tasks' names or YAML files, separated by commas.",
-        show_default=", ".join(EvalSpec().tasks),
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        help="At most this many items a task.", show_default=str(EvalSpec().limit or "all items")
-    ),
-]
+_tasks = partial(
+    typer.Option, "--tasks", "--task", help="Tasks' names or YAML files, separated by commas."
+)
+_limit = partial(typer.Option, help="At most this many items a task.")
+Tasks = Annotated[str | None, _tasks(show_default=", ".join(EvalSpec().tasks))]
+Limit = Annotated[int | None, _limit(show_default=str(EvalSpec().limit or "all items"))]
+CellsTasks = Annotated[str | None, _tasks(show_default="a cell's own")]
+CellsLimit = Annotated[int | None, _limit(show_default="a cell's own")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Sections: train, method, eval."),

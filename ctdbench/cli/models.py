@@ -9,6 +9,8 @@ import typer
 
 from ctdbench.cli.application import (
     DEFAULT_STORE,
+    CellsLimit,
+    CellsTasks,
     DataDir,
     Debug,
     Store,
@@ -34,11 +36,8 @@ def evaluate(
         Literal["probabilities", "log-probabilities"],
         typer.Option(help="What of an ensemble's members is averaged."),
     ] = "probabilities",
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", "--task", help="Tasks' names or YAML files, separated by commas."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many items a task.")] = None,
+    tasks: CellsTasks = None,
+    limit: CellsLimit = None,
     data_dir: DataDir = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write: scores, settings, every outcome.")

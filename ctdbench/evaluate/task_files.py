@@ -21,8 +21,10 @@ from ctdbench.errors import PreflightError, UserError
 from ctdbench.spec import check_name
 
 Config = dict[str, Any]
+Source = tuple[str, ...]
 LOCAL_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
-WITHOUT_FILE = ("teacher_jsd", "teacher_jsd_pydoc")  # tasks of the engine's own
+# Tasks of the engine's own, and those that read the same texts.
+WITHOUT_FILE = {"teacher_jsd": "bpb_heldout", "teacher_jsd_pydoc": "bpb_pydoc"}
 
 
 class _Open(BaseModel):
@@ -200,11 +202,51 @@ def _includes(path: Path, config: Config) -> list[Path]:
 
 def local_data(leaf: Config) -> Iterator[Path]:
     """The files that lm-eval's own loaders of local data would read."""
-    if leaf.get("dataset_path") in LOCAL_BUILDERS:
-        stated = (leaf.get("dataset_kwargs") or {}).get("data_files") or ()
-        for entry in stated.values() if isinstance(stated, dict) else [stated]:
-            names = [entry] if isinstance(entry, str) else entry
-            yield from (path for path in map(Path, names) if path.is_file())
+    return (path for path in _data_files(leaf) if path.is_file())
+
+
+def _data_files(leaf: Config, split: str | None = None) -> Iterator[Path]:
+    """As a task states them, all or those of a split."""
+    if leaf.get("dataset_path") not in LOCAL_BUILDERS:
+        return
+    stated = (leaf.get("dataset_kwargs") or {}).get("data_files") or ()
+    by_split = stated if isinstance(stated, dict) else {split: stated}
+    for entry in by_split.values() if split is None else [by_split.get(split, ())]:
+        yield from map(Path, [entry] if isinstance(entry, str) else entry)
+
+
+def item_sources(extra_tasks: Iterable[Path] = ()) -> dict[str, set[Source]]:
+    """Of every task and group where its items come from: tasks with a source in common share items.
+
+    Empty for the corpus's held-out documents: their parts are apart (`EvalSpec.held_out`).
+    """
+    files, configs = task_files(extra_tasks), task_configs(extra_tasks)
+    found = {
+        name: {
+            source
+            for leaf in leaf_configs(name, configs)
+            for source in _sources(leaf, files[name].parent)
+        }
+        for name in configs
+    }
+    return found | {name: found[text] for name, text in WITHOUT_FILE.items()}
+
+
+def _sources(leaf: Config, folder: Path) -> Iterator[Source]:
+    """folder: where the files of an embedded task lie."""
+    metadata = leaf.get("metadata") or {}
+    if metadata.get("needs") == "heldout":
+        return
+    split = str(leaf.get("test_split") or leaf.get("validation_split"))
+    stored = [str(path.expanduser().resolve()) for path in _data_files(leaf, split)]
+    if name := metadata.get("files", {}).get(split):
+        stored.append(str((folder / name).resolve()) if metadata.get("embedded") else str(name))
+    yield from (("file", path) for path in stored)
+    hub = metadata.get("hub") or leaf.get("dataset_path")
+    if hub and hub not in LOCAL_BUILDERS:
+        yield "hub", str(hub), str(metadata.get("config") or leaf.get("dataset_name")), split
+    elif not stored:
+        yield "code", str(leaf.get("custom_dataset")), split
 
 
 def code_files(path: Path) -> Iterator[Path]:

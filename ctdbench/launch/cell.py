@@ -44,7 +44,13 @@ from ctdbench.evaluate import (
 )
 from ctdbench.evaluate.divergence import Taught
 from ctdbench.launch import kept
-from ctdbench.launch.content import ENGINE_VERSION, content, decontaminated, teacher_name
+from ctdbench.launch.content import (
+    ENGINE_VERSION,
+    content,
+    decontaminated,
+    sees_micro_batches,
+    teacher_name,
+)
 from ctdbench.launch.lock import exclusive, is_locked
 from ctdbench.launch.provenance import now, provenance, without_private
 from ctdbench.method import create
@@ -80,7 +86,7 @@ def run_cell(
         project_dir=cell.folder / results.TRACKING,
     )
     processes.check(accelerator)
-    if accelerator.num_processes > 1 and _seen_whole(spec):
+    if accelerator.num_processes > 1 and sees_micro_batches(spec):
         raise UserError(
             f"method {spec.method}: its loss sees micro-batches whole, and processes cut others",
             "train it in one process, or choose options by which it sees the global batch",
@@ -125,16 +131,6 @@ def finished(folder: Path, *, keeps_model: bool = False) -> results.Result | Non
             if not kept.are_due(folder):
                 shutil.rmtree(folder / results.CHECKPOINTS, ignore_errors=True)
     return found
-
-
-def _seen_whole(spec: RunSpec) -> dict[str, str]:
-    """What else identifies a cell whose loss depends on which documents share a micro-batch."""
-    if results.is_baseline(spec.method):
-        return {}
-    if create(spec.method, spec.options).needs.prepare != "microbatch":
-        return {}
-    documents = spec.train.batch_documents
-    return {"method:micro_batch": str(min(spec.train.micro_batch or documents, documents))}
 
 
 def check(spec: RunSpec, corpus: Corpus) -> None:
@@ -202,7 +198,7 @@ class Cell:
         self.store = store
         self.corpus = corpus
         self.notes = notes
-        self.content = content(spec, corpus) | _seen_whole(spec)
+        self.content = content(spec, corpus)
         self.id = spec.cell_id(self.content)
         self.folder = results.cell_dir(store, spec.pair.name, spec.method, self.id)
         self.provenance = provenance()  # of the code that runs, not of what it became meanwhile

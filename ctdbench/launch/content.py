@@ -8,6 +8,7 @@ from ctdbench import registry, results
 from ctdbench.distill import references
 from ctdbench.distill.corpus import Corpus
 from ctdbench.evaluate import shared_ngrams, task_content, task_texts
+from ctdbench.method import create
 from ctdbench.spec import ModelSpec, RunSpec
 
 ENGINE_VERSION = 2  # raised when a change to the engine changes numbers
@@ -47,8 +48,18 @@ def content(spec: RunSpec, corpus: Corpus) -> dict[str, str]:
         named[role] = "+".join(found)
     if not results.is_baseline(spec.method):
         named["method"] = _method_code(spec.method)
+    if sees_micro_batches(spec):
+        whole = spec.train.batch_documents
+        named["method:micro_batch"] = str(min(spec.train.micro_batch or whole, whole))
     tasks = task_content(spec.eval.tasks, spec.eval.data, spec.eval.extra_tasks)
     return named | {f"task:{name}": digest for name, digest in tasks.items()}
+
+
+def sees_micro_batches(spec: RunSpec) -> bool:
+    """Whether the loss depends on which documents share a micro-batch."""
+    if results.is_baseline(spec.method):
+        return False
+    return create(spec.method, spec.options).needs.prepare == "microbatch"
 
 
 def teacher_name(index: int) -> str:

@@ -22,7 +22,7 @@ a YAML file:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,19 +31,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ctdbench import registry
 from ctdbench.errors import UserError
-from ctdbench.evaluate.task_files import (
-    LOCAL_BUILDERS,
-    Config,
-    leaf_configs,
-    task_configs,
-    task_files,
-)
+from ctdbench.evaluate.task_files import item_sources
 from ctdbench.report.tables import Column
 from ctdbench.spec import EvalSpec, Frozen, RunSpec, TrainSpec
 
 ROW = re.compile(r"(?P<method>.*?)(\[(?P<value>.*)\])?(?P<ce>\+ce)?", re.DOTALL)
 SECTIONS = {"train": "train", "method": "options"}  # of a tuned field -> of a request
-TEXTS_OF = {"teacher_jsd": "bpb_heldout", "teacher_jsd_pydoc": "bpb_pydoc"}  # they read the same
 Build = Callable[[Mapping[str, Any]], RunSpec]  # `request.build_spec`: a request's fields -> a cell
 
 
@@ -247,51 +240,15 @@ def _check_selection(task: str, table: EvalSpec) -> None:
             "eval.held_out: the validation part is what tuning chooses on",
             "leave it out: trials take the validation part, the table takes the test part",
         )
-    known = task_configs(table.extra_tasks)
-    known |= {name: known[text] for name, text in TEXTS_OF.items()}
-    registry.pick(task, known, "task")
-    files = task_files(table.extra_tasks)
-    own = set(_items(task, known, files))
-    for other in filter(known.__contains__, table.tasks):
-        if own.intersection(_items(other, known, files)):
+    sources = item_sources(table.extra_tasks)
+    own = registry.pick(task, sources, "task")
+    for other in table.tasks:
+        if own & sources.get(other, set()):
             where = "" if other == task else f" in {other}"
             raise UserError(
                 f"tuning.select: the table is about the same items of {task}{where}",
                 "select by bpb_heldout or teacher_jsd, or by items that the table does not have",
             )
-
-
-def _items(
-    task: str, configs: Mapping[str, Config], files: Mapping[str, Path]
-) -> Iterator[tuple[str, ...]]:
-    """Where the items that a task evaluates come from: equal for equal items.
-
-    None for the corpus's held-out documents, of which trials take another part than the table.
-    """
-    if (configs[task].get("metadata") or {}).get("needs") == "heldout":
-        return
-    for leaf in leaf_configs(task, configs):
-        metadata = leaf.get("metadata") or {}
-        split = str(leaf.get("test_split") or leaf.get("validation_split"))
-        hub = metadata.get("hub") or leaf.get("dataset_path")
-        stored = list(_stored(leaf, split, files[task].parent if task in files else Path()))
-        yield from (("file", path) for path in stored)
-        if hub and hub not in LOCAL_BUILDERS:
-            yield "hub", str(hub), str(metadata.get("config") or leaf.get("dataset_name")), split
-        elif not stored:
-            yield "code", str(leaf.get("custom_dataset")), split
-
-
-def _stored(leaf: Config, split: str, folder: Path) -> Iterator[str]:
-    """The files of a leaf's split. folder: where those of an embedded task lie."""
-    metadata = leaf.get("metadata") or {}
-    if name := metadata.get("files", {}).get(split):
-        yield str((folder / name).resolve()) if metadata.get("embedded") else str(name)
-    if leaf.get("dataset_path") in LOCAL_BUILDERS:
-        stated = (leaf.get("dataset_kwargs") or {}).get("data_files") or ()
-        found = stated.get(split, ()) if isinstance(stated, dict) else stated
-        names = [found] if isinstance(found, str) else found
-        yield from (str(Path(path).expanduser().resolve()) for path in names)
 
 
 def _request(grid: Grid, row: GridRow, pair: str, over: Mapping[str, Fields]) -> Fields:

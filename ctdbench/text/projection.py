@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctdbench.text.token_bytes import Encoding, TokenBytes
-from ctdbench.text.vocabulary import ByteTrie, Integers
+from ctdbench.text.vocabulary import ByteTrie, Integers, one_to_one
 
 Floats = NDArray[np.floating]
 Encoder = Callable[[list[str]], Sequence[Sequence[int]]]
@@ -66,7 +66,7 @@ def build_projection(
     special pairs that name one id the first holds.
     """
     twins = _twins(student, teacher) if exact is None else exact
-    pairs = np.concatenate([twins, _one_to_one(special_pairs)])
+    pairs = np.concatenate([twins, one_to_one(special_pairs)])
     one_hot, first = np.unique(pairs[:, 0], return_index=True)
     uncut = list(student)
     for row in one_hot:
@@ -241,15 +241,6 @@ def _largest(
     indices[row[kept], rank[kept]], weights[row[kept], rank[kept]] = column[kept], sums[kept]
     total = weights.sum(1, keepdims=True)
     return indices, np.divide(weights, total, out=weights, where=total > 0)
-
-
-def _one_to_one(pairs: Sequence[tuple[int, int]]) -> Integers:
-    """[M, 2]: the pairs without those that name an id again."""
-    kept: list[tuple[int, int]] = []
-    for own, taught in pairs:
-        if all(own != one and taught != other for one, other in kept):
-            kept.append((own, taught))
-    return np.array(kept, np.int64).reshape(-1, 2)
 
 
 def _twins(student: Sequence[bytes], teacher: Sequence[bytes]) -> Integers:

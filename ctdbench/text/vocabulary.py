@@ -8,7 +8,7 @@ and stored as flat arrays, so that a vocabulary of 262k tokens takes a second an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,17 @@ def ids_by_bytes(vocabulary: Sequence[bytes]) -> dict[bytes, int]:
     for token in fallback:
         ids.setdefault(vocabulary[token], token)
     return ids
+
+
+def one_to_one(pairs: Iterable[tuple[int, int]]) -> Integers:
+    """[M, 2]: the pairs without those that name an id again: of two claims the first holds."""
+    kept: dict[int, int] = {}
+    taken: set[int] = set()
+    for student, teacher in pairs:
+        if student not in kept and teacher not in taken:
+            kept[student] = teacher
+            taken.add(teacher)
+    return np.array(list(kept.items()), np.int64).reshape(-1, 2)
 
 
 def emitted(vocabulary: Sequence[bytes]) -> list[bytes]:
