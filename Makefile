@@ -10,6 +10,9 @@ AUDIT := .venv-audit
 PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := --pair smol-mistral --budget 50kB --limit 10
+# Two processes that take file after file, in the order that tests/conftest.py gives. A file of the slow
+# tests takes up to 7 GB.
+TESTS := $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 STORE ?= results
 OUT ?= build/results
 
@@ -41,10 +44,10 @@ demo: $(STAMP)
 	$(BIN)/ctdbench table --pair smol-mistral
 
 test: $(STAMP)
-	$(BIN)/pytest -q -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: $(GEMMA) $(DOCS)
-	$(BIN)/pytest -q --hypothesis-profile searching
+	$(TESTS) --hypothesis-profile searching
 
 # Tables in every format, figures and the report of a store; from results/ README's table, too.
 results: $(STAMP)
