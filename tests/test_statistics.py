@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from example_outcomes import crossed, documents, outcomes, rows
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -239,14 +239,15 @@ def test_without_spread_of_seeds_it_is_the_t_test_over_items() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, spread=SPREAD, seeds=st.integers(2, 5))
+@example(seed=10240, spread=(1.0, 1.0, 1.0), seeds=2)  # p is nearly 1
 def test_p_is_the_level_at_which_the_interval_ends_at_0(
     seed: int, spread: tuple[float, float, float], seeds: int
 ) -> None:
     values = crossed(random(seed), (seeds, 12), spread)
     parts = two_way([values], Items(np.ones(12)))
-    score = values.mean()
+    score = abs(values.mean())
     p = parts.p_value(score)
-    assert parts.half_width(p) == pytest.approx(abs(score), rel=1e-6)
+    assert parts.half_width(p) <= score <= parts.half_width(p * (1 - 1e-8))
     widths = parts.half_width(np.geomspace(1e-9, 0.999, 40))
     assert (np.diff(widths) <= 0).all()
     assert parts.half_width() >= math.sqrt(parts.items * critical(11)) * (1 - 1e-12)

@@ -229,7 +229,7 @@ class Variance(NamedTuple):
         return np.where(known, np.sqrt(items * self.items + more), np.inf)
 
     def p_value(self, difference: ArrayLike) -> Array:
-        """[...]: the level at which the interval of a difference just holds 0 (bisection)."""
+        """[...]: the level, to 1e-8 of itself, at which a difference's interval just holds 0."""
         size = np.abs(np.asarray(difference, dtype=np.float64))
         low, high = np.full(size.shape, math.log(SMALLEST_P)), np.zeros(size.shape)
         for _ in range(33):
