@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ POINTS = {
     "rename": ("pathlib", "Path.replace"),
     "tidying": ("shutil", "rmtree"),
     "weights": ("ctdbench.distill.saving", "save"),  # the result is there
+    "bar": ("tqdm.std", "tqdm.display"),  # tqdm's lock is taken
 }
 
 
@@ -111,6 +113,8 @@ def main() -> None:
 
     for name in ("student", "teacher"):  # what transformers imports when it loads a model
         load_side(ModelSpec(model=f"tiny:{name}"))
+    # tqdm's own lock is one for all forks: one killed while it draws a bar would keep it for ever.
+    importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:

@@ -116,6 +116,7 @@ def test_kills_at_chosen_points_change_no_number(
     store = f"points-of-{make.__name__}"
     states, known = [], {}
     for point in (
+        ("bar", 1),
         ("evaluation", 2),  # of the second baseline
         ("training", 4),
         ("checkpoint", 2),
@@ -130,7 +131,7 @@ def test_kills_at_chosen_points_change_no_number(
         known = finished(store)
         folders = list(Path(store).glob("tiny/bld/*"))
         states.append(results.state(folders[0]) if folders else "absent")
-    assert states == ["absent", *["resumable"] * 5, "done"]
+    assert states == ["absent", "absent", *["resumable"] * 5, "done"]
     assert driver.run(*make(store)).code == 0
     assert known.items() <= finished(store).items()
     assert numbers(store) == numbers("undisturbed")
