@@ -10,8 +10,7 @@ AUDIT := .venv-audit
 PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := --pair smol-mistral --budget 50kB --limit 10
-# Two processes that take file after file, in the order that tests/conftest.py gives. A file of the slow
-# tests takes up to 7 GB.
+# Two processes that take file after file, in the order that tests/conftest.py gives.
 TESTS := $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 STORE ?= results
 OUT ?= build/results
