@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import debian
+
 PROGRAMS = ("chromium", "chromedriver")
 ARGUMENTS = (
     "--headless=new",
@@ -25,11 +27,6 @@ ARGUMENTS = (
 )
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the name that the protocol gives to references
 ENTER = "\ue007"
-
-
-def absent() -> list[str]:
-    """The programs that are not installed."""
-    return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
 class Browser:
@@ -96,6 +93,7 @@ class Browser:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A browser that ends with the block."""
+    debian.need(PROGRAMS, ("chromium", "chromium-driver"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import debian
 import pytest
 
 CONFIGURATION = """\
@@ -35,7 +35,6 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 OTHERS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/usr/local/etc/slurm.conf")
-PACKAGES = ("slurm-wlm", "munge")
 DAEMONS = ("slurmctld", "slurmd")
 
 
@@ -46,8 +45,7 @@ def slurm_node(folder: Path) -> Iterator[None]:
         pytest.skip("this machine has a Slurm of its own, which is left alone")
     if os.geteuid():
         pytest.skip("only root can install and start Slurm")
-    if not all(map(shutil.which, (*DAEMONS, "sbatch", "munged"))):
-        _install()
+    debian.need((*DAEMONS, "sbatch", "munged"), ("slurm-wlm", "munge"))
     with pytest.MonkeyPatch.context() as patch, _munge():
         patch.setenv("SLURM_CONF", str(_configured(folder)))
         daemons = [_started(name, folder) for name in DAEMONS]
@@ -60,18 +58,6 @@ def slurm_node(folder: Path) -> Iterator[None]:
             for daemon in reversed(daemons):
                 daemon.terminate()
                 daemon.wait(60)
-
-
-def _install() -> None:
-    if not shutil.which("apt-get"):
-        pytest.skip("Slurm is not installed, and there is no apt-get")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for call in (("update",), ("install", "--yes", "--no-install-recommends", *PACKAGES)):
-        done = subprocess.run(
-            ["apt-get", "--quiet", *call], env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"apt-get {call[0]}: {done.stderr.strip()[-200:]}")
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import debian
 import pytest
 from example_store import HEADLINE, write_store
 from table_readers import READERS, Page
@@ -371,8 +371,7 @@ def test_no_tables_are_no_error(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
 def test_pdflatex_compiles_the_fragment(tables: list[Table], tmp_path: Path, columns: str) -> None:
-    if shutil.which("pdflatex") is None:
-        pytest.skip("needs TeX: apt-get install texlive-latex-base texlive-latex-recommended")
+    debian.need(["pdflatex"], ["texlive-latex-base", "texlive-latex-recommended"])
     table = made({"a_b%": {BPB: Score(1.2)}, "bld": {}}, notes=(NASTY,))
     (tmp_path / "tables.tex").write_text(report.render([*tables, table], "latex"), "ascii")
     document = rf"""\documentclass[{columns}]{{article}}

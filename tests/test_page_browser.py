@@ -22,9 +22,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("own_cache"),
     pytest.mark.filterwarnings("ignore:Glyph"),  # what a poisoned label holds
-    pytest.mark.skipif(
-        bool(browser.absent()), reason=f"{' and '.join(browser.absent())} not installed"
-    ),
 ]
 Found = dict[Path, Result]
 # The table's values of a column as they stand, the row heads as text; null where there is none.
