@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -405,3 +406,15 @@ def test_peak_memory_is_that_since_the_reset() -> None:
         peak = train.peak_memory()
     train.reset_peak_memory()
     assert train.peak_memory() < peak - 400_000_000
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc alone has it")
+def test_peak_memory_leaves_out_what_was_freed_before() -> None:
+    train.reset_peak_memory()
+    held = [b"x" * 100_000 for _ in range(3000)]  # each too small for a mapping of its own
+    pin = b"x" * 100_000  # behind it nothing is given back by itself
+    before = train.peak_memory()
+    del held
+    train.reset_peak_memory()
+    assert train.peak_memory() < before - 250_000_000
+    assert len(pin) == 100_000

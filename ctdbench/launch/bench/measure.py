@@ -106,7 +106,6 @@ def _mapped_blocks() -> Iterator[None]:
     if not hasattr(libc, "malloc_trim"):
         yield
         return
-    libc.malloc_trim(0)
     libc.mallopt(M_MMAP_THRESHOLD, MIB // 16)
     try:
         yield
