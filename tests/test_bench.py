@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,9 +59,7 @@ def test_the_collector_rests_while_functions_are_timed_and_works_again_after() -
     assert gc.isenabled()
 
 
-@memory
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator does not see NumPy")
-def test_peak_memory_counts_torch_and_numpy_and_what_was_freed_meanwhile() -> None:
+def extra_peaks() -> tuple[int, int]:
     def peak() -> None:
         np.ones(COLUMN, np.float32)  # freed at once
         first, second = torch.ones(2 * COLUMN), np.ones(3 * COLUMN, np.float32)
@@ -67,9 +67,19 @@ def test_peak_memory_counts_torch_and_numpy_and_what_was_freed_meanwhile() -> No
 
     peak()
     held = torch.ones(COLUMN)  # does not count
-    assert extra_peak_bytes(peak) == pytest.approx(5 * 4 * COLUMN, rel=0.02)
-    assert extra_peak_bytes(lambda: None) < 1 << 20
+    found = extra_peak_bytes(peak), extra_peak_bytes(lambda: None)
     del held
+    return found
+
+
+@memory
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator does not see NumPy")
+def test_peak_memory_counts_torch_and_numpy_and_what_was_freed_meanwhile() -> None:
+    # In a process of its own: after hundreds of other tests it once counted a block more.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        some, none = fresh.submit(extra_peaks).result()
+    assert some == pytest.approx(5 * 4 * COLUMN, rel=0.02)
+    assert none < 1 << 20
 
 
 # --- the made-up rows ---------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def test_two_teachers_of_different_tokenizers(tmp_path: Path) -> None:
 
 @needs(SMOL)
 def test_a_student_of_bytes_takes_the_state_term(tmp_path: Path) -> None:
-    run(tmp_path, "alm", "smol-bytes", "3kB", "--set", "method.hidden_weight=1")
+    small = ("--set", "train.micro_batch=1")  # what beside it runs needs memory, too
+    run(tmp_path, "alm", "smol-bytes", "3kB", "--set", "method.hidden_weight=1", *small)
     steps = losses(tmp_path, "smol-bytes", "alm")
     assert {"alm", "hidden"} <= steps[0].keys()
 

@@ -44,15 +44,24 @@ def start_sweep(store: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def told(*command: str) -> None:
+    """Slurm refuses, and asks to try again, while a job goes from one state to the next."""
+    for _ in range(60):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if "try again later" not in done.stderr:
+            break
+        time.sleep(1)
+    assert done.returncode == 0, done.stderr
+
+
 def requeue(task: Entry, cell: Path) -> None:
     """As Slurm does for a job of higher priority."""
-    subprocess.run(["scontrol", "requeue", f"{task.array}_{task.index}"], check=True)
+    told("scontrol", "requeue", f"{task.array}_{task.index}")
 
 
 def run_out_of_time(task: Entry, cell: Path) -> None:
     """As Slurm does ahead of a time limit: a signal to the script alone."""
-    number = f"{task.array}_{task.index}"
-    subprocess.run(["scancel", "--batch", "--signal=TERM", number], check=True)
+    told("scancel", "--batch", "--signal=TERM", f"{task.array}_{task.index}")
 
 
 def kill(task: Entry, cell: Path) -> None:
