@@ -120,6 +120,8 @@ MEASURED = {
     ("smol-gemma", "p-kl"): 8.96,
     ("smol-gemma", "uld"): 8.66,
 }
+# The same of published cells, with 300 kB: memory grows with the steps of a cell.
+PUBLISHED = {("smol-mistral", "sft"): 7.32, ("smol-mistral", "bld"): 7.02}
 
 
 def embedded(pair: str, method: str = "sft", **train: Any) -> RunSpec:
@@ -132,11 +134,14 @@ def embedded(pair: str, method: str = "sft", **train: Any) -> RunSpec:
     return spec
 
 
-@pytest.mark.parametrize(("pair", "method"), MEASURED)
-def test_memory_is_estimated_within_a_quarter(pair: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("pair", "method", "measured"),
+    [(*cell, size) for cells in (MEASURED, PUBLISHED) for cell, size in cells.items()],
+)
+def test_memory_is_estimated_within_a_quarter(pair: str, method: str, measured: float) -> None:
     found = estimate.estimate(embedded(pair, method), taught=method != "sft")
     assert found is not None
-    assert found.memory / 1e9 == pytest.approx(MEASURED[pair, method], rel=0.25)
+    assert found.memory / 1e9 == pytest.approx(measured, rel=0.25)
 
 
 def test_operations_are_those_that_a_cell_records() -> None:
