@@ -6,6 +6,8 @@ import ctypes
 import json
 import math
 import mmap
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -418,3 +420,12 @@ def test_peak_memory_leaves_out_what_was_freed_before() -> None:
     train.reset_peak_memory()
     assert train.peak_memory() < before - 250_000_000
     assert len(pin) == 100_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells it")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    code = "from ctdbench.distill.train import peak_memory; print(peak_memory())"
+    with mmap.mmap(-1, 1_500_000_000) as held:
+        held.write(bytes(1_500_000_000))
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 50_000_000 < int(found.stdout) < 1_500_000_000
