@@ -398,7 +398,8 @@ def peak_memory() -> int:
     """Bytes: the accelerator's peak where there is one, else this process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    with suppress(OSError, IndexError):  # Linux: `ru_maxrss` begins at the peak of whoever started this process
+    # Linux: `ru_maxrss` begins at the peak of the process that started this one.
+    with suppress(OSError, IndexError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
