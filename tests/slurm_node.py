@@ -44,7 +44,7 @@ def slurm_node(folder: Path) -> Iterator[None]:
     if "SLURM_CONF" in os.environ or any(Path(path).exists() for path in OTHERS):
         pytest.skip("this machine has a Slurm of its own, which is left alone")
     if os.geteuid():
-        pytest.skip("only root can install and start Slurm")
+        pytest.skip("only root can start Slurm")
     debian.need((*DAEMONS, "sbatch", "munged"), ("slurm-wlm", "munge"))
     with pytest.MonkeyPatch.context() as patch, _munge():
         patch.setenv("SLURM_CONF", str(_configured(folder)))
