@@ -155,7 +155,9 @@ class PairTables:
         return self._edit_map(self.student_vocabulary, self.teacher_vocabulary, flip=False)
 
     def _edit_map(self, queries: Sequence[bytes], others: Sequence[bytes], *, flip: bool) -> Tensor:
-        specials = [(t, s) if flip else (s, t) for s, t in self.special_pairs]
+        # One to one, for a pad that is the other side's end as well would take the end's place.
+        pairs = one_to_one(self.special_pairs).tolist()
+        specials = [(t, s) if flip else (s, t) for s, t in pairs]
         return torch.from_numpy(self.edit_mapping(queries, others, specials))
 
     @cached_property

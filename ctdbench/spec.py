@@ -247,7 +247,11 @@ class EvalSpec(Frozen):
         min_length=1,
         description="Names of tasks.",
     )
-    limit: int | None = Field(None, ge=1, description="At most this many items a task.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="At most this many items a task; of a group, a like share of each subset, rounded up.",
+    )
     limits: dict[str, Annotated[int, Field(ge=1)] | None] = Field(
         default_factory=dict, description="The same for single tasks, by name; null: all items."
     )

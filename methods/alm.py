@@ -19,9 +19,10 @@ The row after a chunk may be missing, at the end of a document or of a piece cut
 both sides there, and the chunk has no state. Pure ALM by default (`ce_weight` 0). Several terms
 (CE, the state term) are balanced by gradmag, as in the paper, unless train.balance says otherwise.
 
-Public code (bminixhofer/tokenkit, `compute_alm_loss`): the other divergences, debias = eos (mass of
-the end token instead), weights and normalisers below. Its `abs_exp` is one of the two branches of
-the total variation, `tvd` is both. Its normaliser is wrong when chunks merge before the tail.
+Public code (bminixhofer/tokenkit, `compute_alm_loss`): the other divergences, debias = eos (b is
+the mass of the end token instead, for merging, too), weights and normalisers below. Its `abs_exp`
+is one of the two branches of the total variation, `tvd` is both. Its normaliser is wrong when
+chunks merge before the tail.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ META = {
 }
 
 EPSILON = 1e-6  # keeps log-probabilities off 0; subtracted, as in the public code
-FLOOR = -100.0  # of the log mass of boundaries, where a vocabulary has none
+FLOOR = -100.0  # of log b: a vocabulary may have no boundary
 BOUNDARIES = (b" ", b"\n", b"\t")
-TOKEN, BOUNDARY, END = 0, 1, 2  # columns of the scalars; the states follow
+TOKEN, MASS, STATE = 0, 1, 2  # columns of the scalars
 
 
 class ALMOptions(MethodOptions):
@@ -81,10 +82,11 @@ class ALMOptions(MethodOptions):
         0.1,
         gt=0,
         lt=1,
-        description="Merge chunks until the teacher's boundary mass exceeds it; none: no merging.",
+        description="Merge chunks until the teacher's b exceeds it; none: no merging.",
     )
     debias: Literal["boundary", "eos", "none"] = Field(
-        "boundary", description="What a likelihood is multiplied by: boundary mass, p(end), or 1."
+        "boundary",
+        description="What b is: the boundary mass or p(end); none: the former, for merging alone.",
     )
     divergence: Literal[
         "binary_ce",
@@ -160,14 +162,16 @@ class ALM(Method):
     def scalars(
         self, rows: Rows, side: SideName, pair: PairTables, modules: Mapping[str, nn.Module]
     ) -> Tensor:
-        """log p(token), log of the boundary mass (debias=eos: and p(end)), the state: [R, m]."""
+        """log p(token), log b (the boundary mass; debias=eos: p(end)), the state: [R, m]."""
         logits = rows.scores()
-        boundary = _boundary_ids(pair, side, logits.device)
-        end = pair.special_pairs[0][side == "teacher"] if self.options.debias == "eos" else None
+        if self.options.debias == "eos":
+            mass = torch.tensor([pair.special_pairs[0][side == "teacher"]], device=logits.device)
+        else:
+            mass = _boundary_ids(pair, side, logits.device)
         parts = pieces.by_rows(torch.arange(len(logits), device=logits.device), logits.shape[1])
 
         def masses(number: int, logits: Tensor) -> Tensor:
-            return _masses(logits.float(), rows.token[parts[number]], boundary, end)
+            return _masses(logits.float(), rows.token[parts[number]], mass)
 
         values = pieces.rowwise(masses, parts, logits)
         if not self.options.hidden_weight:
@@ -203,7 +207,7 @@ class ALM(Method):
         return {name: Term(total, counts[name]) for name, total in found.items()}
 
     def _groups(self, student: Rows, teacher: Scalars) -> _Groups:
-        """A group ends where the teacher's boundary mass exceeds gamma and at a document's end."""
+        """A group ends where the teacher's b exceeds gamma and at a document's end."""
         sides = (student, teacher.rows)
         chunks = 1 + max((int(side.chunk.max()) for side in sides if len(side.chunk)), default=-1)
         last = torch.stack([ops.last_rows(side.chunk, chunks) for side in sides], 1)
@@ -214,7 +218,7 @@ class ALM(Method):
         document = student.document[last[:, 0]]
         closes = nn.functional.pad(document[1:], (0, 1), value=-1) != document
         least = -math.inf if self.options.gamma is None else math.log(self.options.gamma)
-        closes |= (after[:, 1] < 0) | (teacher.values[after[:, 1], BOUNDARY] > least)
+        closes |= (after[:, 1] < 0) | (teacher.values[after[:, 1], MASS] > least)
         group = closes.cumsum(0) - closes.long()
         sizes = torch.bincount(teacher.rows.chunk[teacher.rows.chunk >= 0], minlength=chunks)
         tokens = ops.segment_sum(sizes[chunk], group, int(closes.sum()))
@@ -228,15 +232,13 @@ class ALM(Method):
         likelihood = ops.segment_sum(chunk[groups.chunk], groups.group, len(groups.last))
         if self.options.debias == "none":
             return likelihood
-        column = BOUNDARY if self.options.debias == "boundary" else END
         after = groups.after[groups.last, index]
-        return likelihood + torch.where(after >= 0, side.values[after, column].double(), 0.0)
+        return likelihood + torch.where(after >= 0, side.values[after, MASS].double(), 0.0)
 
     def _end_states(self, side: Scalars, groups: _Groups, index: int) -> Tensor:
         """The states that have read a chunk, of all chunks that have one: [E, d] float64."""
         after = groups.after[groups.after[:, 0] >= 0, index]
-        first = END + 1 if self.options.debias == "eos" else END
-        return side.values[after, first:].double()
+        return side.values[after, STATE:].double()
 
     def _counts(self, groups: _Groups) -> dict[str, Tensor]:
         by_tokens = self.options.normalizer == "tokens"
@@ -250,15 +252,12 @@ class ALM(Method):
         return 2 if self.options.hidden_distance.startswith("l2") else 1
 
 
-def _masses(logits: Tensor, token: Tensor, boundary: Tensor, end: int | None) -> Tensor:
-    """log p of the token (0: none came) and of the boundary, with `end` of that token, too."""
+def _masses(logits: Tensor, token: Tensor, ids: Tensor) -> Tensor:
+    """log p of the token (0: none came) and of all `ids` together, [R, 2]."""
     norm = logits.logsumexp(-1)
     came = logits.gather(1, token.clamp(min=0)[:, None]).squeeze(1) - norm
-    starts = logits.index_select(1, boundary).logsumexp(-1)
-    columns = [torch.where(token >= 0, came, 0.0), (starts - norm).clamp(FLOOR, 0.0)]
-    if end is not None:
-        columns.append(logits[:, end] - norm)
-    return torch.stack(columns, 1)
+    mass = (logits.index_select(1, ids).logsumexp(-1) - norm).clamp(FLOOR, 0.0)
+    return torch.stack([torch.where(token >= 0, came, 0.0), mass], 1)
 
 
 def _boundary_ids(pair: PairTables, side: SideName, device: torch.device) -> Tensor:

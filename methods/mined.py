@@ -1,7 +1,8 @@
 """MinED: logits by minimum edit distance (FuseLLM, arXiv 2401.10491; DSKD, arXiv 2406.17328).
 
 Vocabularies: every teacher token w maps to m(w), the student's token at the least edit distance
-(equal bytes first; of several the lowest id; specials by role, those without a partner nowhere).
+(equal bytes first; of several the lowest id; specials by role, one to one, the end first, those
+without a partner nowhere).
 A student token takes the logit of the lowest teacher id that maps to it, -1e5 without one:
     q[v] = z_T[min {w: m(w) = v}].
 Sequences: the tokens *read* by the scored rows of both sides of a document are aligned by dynamic

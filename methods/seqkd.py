@@ -5,10 +5,11 @@ Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016 (arXiv 1606.07
     L = mean over supervised tokens of -log p_S(s_i | s_<i),  s the tokens of an answer y ~ p_T(.|x)
 
 The gradient of the KL from the teacher's distribution over whole texts to the student's, with that
-distribution replaced by one text of it. The harness lets the teacher continue every training
-document's prompt x, once, and caches it; how y is drawn is its setting (the paper takes the mode,
-by beam search: greedy decoding is its nearest here). The loss is the harness's cross-entropy, so
-nothing is left to do: tokenizers never meet, only text does.
+distribution replaced by one text of it. The harness lets the teacher continue training documents'
+prompts x, each once, until there is text for the budget, and caches it. y is sampled at temperature
+1, up to 192 tokens (train.generation_temperature, train.generated_tokens); the paper takes the
+mode, by beam search, and greedy decoding (0) is its nearest here. The loss is the harness's
+cross-entropy, so nothing is left to do: tokenizers never meet, only text does.
 """
 
 from __future__ import annotations

@@ -221,8 +221,9 @@ def slow_alm(case: Case, gamma: float | None, debias: str, tau: float) -> tuple[
                 if known and debias != "none":
                     ids = boundary_ids(case, k) if debias == "boundary" else [END]
                     debiasing[k] = math.log(mass(scores[k], after[k], ids))
-            boundary = mass(scores[1], after[1], boundary_ids(case, 1))
-            if gamma is None or not known or boundary > gamma or index == len(chunks) - 1:
+            ids = [END] if debias == "eos" else boundary_ids(case, 1)
+            closes = mass(scores[1], after[1], ids) > (gamma or 0.0)
+            if gamma is None or not known or closes or index == len(chunks) - 1:
                 q, p = (
                     (value + extra) / tau - 1e-6
                     for value, extra in zip(likelihoods, debiasing, strict=True)

@@ -192,7 +192,7 @@ FAULTS = {
     "another mean": (
         {"{metric: acc, aggregation: mean,": "{metric: acc, aggregation: median,"},
         "file/metrics",
-        "make aggregation: mean",
+        "scores are means over items",
     ),
     "the other direction": (
         {"{metric: spread, aggregation: mean, higher_is_better: true}": "{metric: spread, "

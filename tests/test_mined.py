@@ -237,6 +237,19 @@ def test_a_space_in_front_costs_nothing() -> None:
     assert found == [[0, 0], [1, 1], [2, 2]]
 
 
+def test_the_end_takes_the_ends_logit_where_it_pads_as_well() -> None:
+    """The student's end (id 0) pads; the teacher has a pad of its own, of a lower id (0) than its
+    end (1). So in SmolLM2 and Gemma."""
+    own, taught = [b"", b"a"], [b"", b"", b"a"]
+    pair = PairTables.build(own, taught, [(0, 1), (0, 0)])
+    logits = torch.tensor([[7.0, 1.0, 2.0]])
+    teacher = replace(simple_rows(taught, [[2]], 0), logits=logits)
+    block = block_of(simple_rows(own, [[1]], 0), teacher, pair, torch.tensor([[0, 0]]))
+    for logit in ("lowest", "largest", "nearest"):
+        target = mined(logit=logit)._mapping(block)(torch.tensor([0]))
+        assert target.tolist() == [[1.0, 2.0]], logit
+
+
 def test_only_specials_of_the_same_role_are_alike() -> None:
     """Both sides read: a special, then "a". Of one role the special's rows are paired."""
     words = [b"", b"", b"a"]

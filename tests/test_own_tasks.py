@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from example_results import example
-from own_tasks import SCORES, write_capitals
+from own_tasks import CAPITALS, SCORES, write_capitals
 from test_identity import cell_id, folder, replaced  # noqa: F401  (folder is a fixture)
 from tiny_models import bpe_tokenizer, tiny_model
 from typer.testing import CliRunner
@@ -16,7 +16,7 @@ from ctdbench import report, request
 from ctdbench.cli import app
 from ctdbench.errors import UserError
 from ctdbench.evaluate import EvaluationRequest, check_tasks, evaluate, task_content, task_texts
-from ctdbench.evaluate.task_files import task_dir
+from ctdbench.evaluate.task_files import CORPUS_METRICS, task_dir
 from ctdbench.launch import grid
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -115,6 +115,31 @@ def test_it_is_evaluated_and_looked_for_in_the_corpus(tmp_path: Path) -> None:
     assert len(found.samples["capitals"]) == 3
     assert found.settings["tasks"]["capitals"]["metric"] == "acc"
     assert task_texts("capitals", None, [path])[0] == "France\nParis\nLyon"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        "- {metric: bits_per_byte}",  # lm-eval's: (log-likelihood, bytes) of an item
+        "- {metric: f1, aggregation: mean}",
+        "- {metric: acc}\n  - {metric: acc, aggregation: median}",
+    ],
+)
+def test_a_metric_that_is_no_mean_over_items_is_refused(tmp_path: Path, metrics: str) -> None:
+    old = CAPITALS[CAPITALS.index("- {metric: spread") : CAPITALS.index("metadata:")].strip()
+    changes = {old: metrics, "process_results: !function scores.made\n": "", "primary: acc": "x: 1"}
+    path = write_capitals(tmp_path, changes)
+    with pytest.raises(UserError, match="task capitals: scores are means over items, and "):
+        check_tasks(["capitals"], None, [path])
+
+
+def test_metrics_of_a_whole_corpus_are_those_of_lm_eval() -> None:
+    import lm_eval.api.metrics  # noqa: F401  (it fills the registry)
+    from lm_eval.api.registry import METRIC_AGGREGATION_REGISTRY, get_aggregation
+
+    mean = get_aggregation("mean")
+    others = {name for name, how in METRIC_AGGREGATION_REGISTRY.items() if how is not mean}
+    assert others - {"bypass"} == CORPUS_METRICS  # bypass: no metric at all
 
 
 def test_a_group_of_ones_own(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ctdbench.distill.blocks import position_pairs
 from ctdbench.distill.examples import Example
 from ctdbench.distill.step import Step
 from ctdbench.errors import RunError
-from ctdbench.method import Block, Method, MethodOptions, Needs, Term
+from ctdbench.method import Block, Method, MethodOptions, Needs, Rows, Term
 
 every_method = pytest.mark.parametrize(("name", "options"), METHODS, ids=IDS)
 
@@ -363,6 +363,27 @@ def test_an_idle_process_adds_nothing() -> None:
     report = step.gradients([batch_of(found)], idle=True)
     assert report.loss == 0
     assert all(not p.grad.any() for p in step.network.parameters() if p.grad is not None)
+
+
+class Largest(Plain):
+    """Asks for every token's largest logit of the batch."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_logits=True, prepare="batch", reduce="max")
+
+    def prepare(self, teacher: Rows) -> torch.Tensor:
+        return teacher.scores().float().amax(0)
+
+
+def test_what_an_idle_process_borrowed_is_in_no_maximum() -> None:
+    """On-policy the owner trains on other text than the one that was borrowed."""
+    step, found = custom_step(Largest())
+    largest = [step._views(batch_of(found), idle=idle)[0] for idle in (False, True)]
+    for view in largest:
+        view.load_states()
+    assert largest[0].prepare().isfinite().all()
+    assert (largest[1].prepare() == -torch.inf).all()
 
 
 def test_a_first_token_without_bos_shifts_no_pair() -> None:

@@ -87,6 +87,36 @@ def test_rows_of_one_method_are_told_apart_by_what_differs() -> None:
     assert labels == {"uld alignment=positions", "uld alignment=chunks", "bld learning_rate=0.0003"}
 
 
+def test_what_auto_made_of_the_precision_tells_rows_apart_and_is_said() -> None:
+    cells = [example("bld", bpb(1.0 + seed), seed=seed) for seed in range(3)]
+    for cell, precision in zip(cells, ("bfloat16", "float32", "float32"), strict=True):
+        cell["provenance"]["training"] = {"precision": precision}
+    cells.append(example("kd", bpb(1.5)))  # an old result, which does not say
+    table = only(cells)
+    assert {row.label: len(row.seeds) for row in table.rows} == {
+        "bld precision=bfloat16": 1,
+        "bld precision=float32": 2,
+        "kd": 1,
+    }
+    told = "Trained on machines of different precision: bld in bfloat16; bld in float32."
+    assert told in table.notes
+    assert not any("precision" in note for note in only(cells[1:]).notes)
+
+
+def test_differences_are_from_the_sft_row_of_most_seeds() -> None:
+    text = {"corpus": "gsm8k"}
+    tuned = [example("sft", bpb(1.0), seed=seed, learning_rate=1e-4, **text) for seed in range(3)]
+    plain = example("sft", bpb(1.0), **text)
+    assert only([plain, *tuned]).reference == "sft learning_rate=0.0001"
+    assert only([plain, tuned[0]]).reference == "sft"
+
+
+def test_one_row_alone_has_no_rank() -> None:
+    cells = [example("sft", bpb(1.0), seed=seed) for seed in range(3)]
+    table = only([*cells, example("bld", bpb(1.0))])
+    assert any(note.startswith("No row is ranked") for note in table.notes)
+
+
 def test_a_row_says_that_it_has_a_cross_entropy_which_was_not_published() -> None:
     weights = {"gold": (0.0, 1.0, 0.5), "uld": (1.0,), "h-kl": (0.1,)}
     cells = [

@@ -134,11 +134,11 @@ class View:
 
     @torch.no_grad()
     def prepare(self) -> Tensor:
-        """`Method.prepare` over this view's rows."""
+        """`Method.prepare` over this view's rows; of a borrowed batch nothing, its owner has it."""
         parts = torch.stack([self.method.prepare(rows) for rows in self._teacher_rows()])
         if self.method.needs.reduce == "max":
-            return parts.amax(0)
-        return parts.sum(0) * (not self.idle)  # a borrowed batch is summed by its owner
+            return torch.full_like(parts[0], -torch.inf) if self.idle else parts.amax(0)
+        return parts.sum(0) * (not self.idle)
 
     @torch.no_grad()
     def load_scalars(self) -> None:

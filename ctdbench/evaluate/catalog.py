@@ -21,6 +21,7 @@ from ctdbench.evaluate.task_files import (
     LOCAL_BUILDERS,
     Config,
     code_files,
+    is_mean,
     leaf_configs,
     local_data,
     task_configs,
@@ -94,19 +95,33 @@ def check_tasks(
     """Raise, within seconds and without torch, if a task is unknown or its data cannot be had.
 
     With `data_dir` every file that a task declares must lie there; a task that declares none takes
-    its data set from the hub in any case. Raises UserError for an unknown task or a missing file,
-    PreflightError for a data set that is neither in the local cache nor reachable on the hub.
+    its data set from the hub in any case. Raises UserError for an unknown task, a missing file or a
+    metric that is no mean over items, PreflightError for a data set that is neither in the local
+    cache nor reachable on the hub.
     """
-    known = {info.name: info for info in available_tasks(extra_tasks)}
+    extra = list(extra_tasks)
+    known, configs = {info.name: info for info in available_tasks(extra)}, task_configs(extra)
     for name in names:
         if name not in known:
             raise _unknown(name, known)
     for info in (known[name] for name in dict.fromkeys(names)):
+        _require_means(info.name, configs)
         if data_dir is not None and info.files:
             _require_files(info, data_dir)
         else:
             for dataset in info.hub:
                 _require_hub(dataset, info)
+
+
+def _require_means(name: str, configs: Mapping[str, Config]) -> None:
+    for leaf in leaf_configs(name, configs) if name in configs else ():
+        for entry in leaf.get("metric_list") or ():
+            if not is_mean(leaf, entry):
+                raise UserError(
+                    f"task {name}: scores are means over items, and {entry['metric']} is none",
+                    "take a metric of one item (acc, or bpb by ctdbench_tasks.scoring) and "
+                    "aggregation: mean",
+                )
 
 
 def task_content(

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ctdbench.errors import UserError
+
 Row = dict[str, Any]
 NOT_METRICS = frozenset({"id", "weight", "subset", "output", "chance"})
 
@@ -93,7 +95,7 @@ def collect(samples: Sequence[Mapping[str, Any]], byte_weighted: bool) -> list[R
             if "acc" in sample["metrics"]:
                 row["chance"] = _chance(sample)
         suffix = f",{sample['filter']}" if len(filters) > 1 else ""
-        row |= {name + suffix: _number(sample[name]) for name in sample["metrics"]}
+        row |= {name + suffix: _number(name, sample[name]) for name in sample["metrics"]}
         generated = sample["resps"][0][0]
         if isinstance(generated, str):
             row["output"] = generated[:500]
@@ -106,10 +108,14 @@ def _chance(sample: Mapping[str, Any]) -> float:
     return (len(target) if isinstance(target, list) else 1) / len(sample["resps"])
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, tuple):  # lm-eval's (log-likelihood, length) of its perplexity metrics
-        return float(value[0]) / float(value[1])
-    return float(value)
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"metric {name}: of one item it is {value!r}, no number",
+            "let the task's process_results give a number for every metric",
+        ) from None
 
 
 def _columns(rows: Sequence[Row], metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,11 @@ LOCAL_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
 WITHOUT_FILE = {"teacher_jsd": "bpb_heldout", "teacher_jsd_pydoc": "bpb_pydoc"}
 
 
+# What lm-eval computes from all items at once, where a task has no process_results of its own.
+CORPUS_METRICS = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "f1", "mcc"}
+CORPUS_METRICS |= {"brier_score", "bleu", "chrf", "chrf++", "ter"}
+
+
 class _Open(BaseModel):
     """What the engine reads of a mapping; the rest is lm-eval's."""
 
@@ -159,6 +164,12 @@ def leaf_configs(name: str, configs: Mapping[str, Config]) -> Iterator[Config]:
             yield from leaf_configs(member, configs)
         elif isinstance(member, dict) and "task" in member:
             yield {**common, **configs.get(member["task"], {}), **member}
+
+
+def is_mean(leaf: Config, entry: Config) -> bool:
+    """Whether a metric is a mean over items, as all scores are; entry: of its `metric_list`."""
+    of_items = bool(leaf.get("process_results")) or entry["metric"] not in CORPUS_METRICS
+    return of_items and entry.get("aggregation", "mean") == "mean"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -247,10 +247,10 @@ class _Group:
 
 
 def _reference(trained: Mapping[str, Sequence[Result]], baselines: Iterable[str]) -> str | None:
-    """The plain `sft` row, else the first variant of it, else the start."""
+    """The `sft` row of most seeds, of several the plainest; else the start."""
     rows = [label for label, cells in trained.items() if cells[0]["spec"]["method"] == "sft"]
     if rows:
-        return min(rows, key=len)
+        return min(rows, key=lambda label: (-len(trained[label]), len(label)))
     return results.START if results.START in baselines else None
 
 

@@ -77,20 +77,20 @@ def variants(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> dict[s
 
     A label names the method, the option that its META calls `row` (`bld[mixed]`), cross-entropy
     where its META says that it was published without (`gold+ce`), the training settings that are
-    not the default, and the options in which rows of the method differ.
+    not the default, and the options in which rows of the method differ, or the precision.
 
     known: `registry.methods()`.
     """
     rows: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in cells:
         spec = result["spec"]
-        by_seed = rows[row_label(spec, known)][_key(_options(spec))]
+        by_seed = rows[row_label(spec, known)][_key(_options(result))]
         if by_seed and _code(next(iter(by_seed.values()))) != _code(result):
             by_seed.clear()
         by_seed[spec["seed"]] = result
     labelled = {}
     for label, kin in rows.items():
-        options = [_options(next(iter(by_seed.values()))["spec"]) for by_seed in kin.values()]
+        options = [_options(next(iter(by_seed.values()))) for by_seed in kin.values()]
         names = dict.fromkeys(name for chosen in options for name in chosen)  # old cells have fewer
         differing = [name for name in names if len({_key(o.get(name)) for o in options}) > 1]
         for chosen, by_seed in zip(options, kin.values(), strict=True):
@@ -99,8 +99,16 @@ def variants(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> dict[s
     return labelled
 
 
-def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {**spec["options"], "trust_remote_code": spec.get("trust_remote_code", False)}
+def trained_in(result: Result) -> str | None:
+    """The precision that training computed in, which `auto` leaves to the machine."""
+    precision: str | None = result["provenance"].get("training", {}).get("precision")
+    return precision
+
+
+def _options(result: Result) -> dict[str, Any]:
+    spec = result["spec"]
+    remote = spec.get("trust_remote_code", False)
+    return {**spec["options"], "trust_remote_code": remote, "precision": trained_in(result)}
 
 
 def _placeless(value: Any) -> Any:

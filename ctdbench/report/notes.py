@@ -7,6 +7,7 @@ from typing import Any
 
 from ctdbench.labels import is_teachers_text, row_label
 from ctdbench.registry import MethodInfo
+from ctdbench.report.grouping import trained_in
 from ctdbench.report.tables import Row
 from ctdbench.results import Result
 
@@ -30,6 +31,7 @@ def of_table(
     notes += _seeds_note(rows)
     notes += _corpus_note(cells[0]["spec"])
     notes += _options(rows)
+    notes += _precisions(cells, known)
     for cell in cells:
         if cell["status"] == "failed":
             label, seed = row_label(cell["spec"], known), cell["spec"]["seed"]
@@ -52,7 +54,7 @@ def _legend(rows: Sequence[Row], reference: str | None) -> list[str]:
             "gap: share of the way from start to teacher, where that is over 3 standard errors."
         )
     if any(score.best for score in scores):
-        told.append("* or bold: best, or not different from the best at 5 % over the whole table.")
+        told.append("* or bold: best, or not different from the best at 5 % in its column.")
     if any(score.floor for score in scores):
         told.append("~: not better than guessing.")
     return [" ".join(told)] if told else []
@@ -65,7 +67,8 @@ def _seeds_note(rows: Sequence[Row]) -> list[str]:
     few = [label for label, count in counts.items() if count < SEEDS_TO_RANK]
     if not few:
         return []
-    which = "No row is ranked" if len(few) == len(counts) else f"Not ranked: {', '.join(few)}"
+    none = len(counts) - len(few) < 2  # a rank takes two rows
+    which = "No row is ranked" if none else f"Not ranked: {', '.join(few)}"
     told = f"{which}: that takes {SEEDS_TO_RANK} seeds."
     if 1 in counts.values():
         told += " The interval of a row of one seed is of its items alone, not of what another "
@@ -91,6 +94,17 @@ def _options(rows: Sequence[Row]) -> Iterator[str]:
         if len(labels) > 1:
             told = (f"{value} in {', '.join(those)}" for value, those in labels.items())
             yield f"{name}: {'; '.join(told)}."
+
+
+def _precisions(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> Iterator[str]:
+    """What cells computed in, where `auto` was not the same everywhere."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        if (precision := trained_in(cell)) is not None:
+            found.setdefault(precision, {})[row_label(cell["spec"], known)] = None
+    if len(found) > 1:
+        told = (f"{', '.join(labels)} in {precision}" for precision, labels in found.items())
+        yield f"Trained on machines of different precision: {'; '.join(told)}."
 
 
 def _reason(cell: Result) -> str:

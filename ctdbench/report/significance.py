@@ -27,7 +27,7 @@ class Standing:
 
     groups: labels from best to worst; a group is a best row and those that do not differ from it,
     the next is formed of what is left. p: of both orders of every pair of rows, adjusted for all
-    of them and for the table's columns. gate: p of "all rows are equal", adjusted for the columns.
+    of the column's, and no smaller than gate: p of "all rows are equal", adjusted for the columns.
     seeds: of the row that has fewest.
     """
 

@@ -13,7 +13,7 @@ from ctdbench.spec import EvalSpec, TrainSpec, format_bytes
 if TYPE_CHECKING:
     from ctdbench.report.significance import Share, Standing
 
-LOWER_IS_BETTER = ("bpb", "bits", "jsd", "perplexity", "word_perplexity", "byte_perplexity")
+LOWER_IS_BETTER = ("bpb", "bits", "jsd", "perplexity")
 
 
 @dataclass(frozen=True)

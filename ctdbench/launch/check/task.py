@@ -24,6 +24,7 @@ from ctdbench.evaluate.loading import load_tasks, task_rows
 from ctdbench.evaluate.task_files import (
     WITHOUT_FILE,
     Config,
+    is_mean,
     leaf_configs,
     read_form,
     task_configs,
@@ -143,8 +144,8 @@ def _metric(case: TaskCase, leaf: Config, entry: Config) -> str:
     name = str(entry["metric"])
     if not leaf.get("process_results") and name not in METRIC_REGISTRY:
         raise Failed(f"{name} is no metric of lm-eval, and there is no process_results to make it")
-    if entry.get("aggregation", "mean") != "mean":
-        raise Failed(f"{name}: scores are means over items; make aggregation: mean")
+    if not is_mean(leaf, entry):
+        raise Failed(f"{name}: scores are means over items; take one of an item, aggregation: mean")
     lower = Column(case.name, name).lower_is_better
     if entry.get("higher_is_better", not lower) is lower:
         raise Failed(

@@ -79,4 +79,4 @@ def _legend(table: Table) -> Iterator[str]:
     if any(map(style.too_few_seeds, table.rows)):
         yield f"Open: fewer than {SEEDS_TO_RANK} seeds, not ranked."
     if any(score.best for score in scores):
-        yield "Star: best, or not different from the best at 5 % over all tasks."
+        yield "Star: best, or not different from the best at 5 % in its task."

@@ -78,7 +78,10 @@ def _cell(material: Material, name: str) -> Markup:
 
 def _place(material: Material, name: str) -> Markup:
     place = material.places.get(name)
-    told: Content = "In no table: it failed, or a newer cell of this seed took its place."
+    told: Content = (
+        "In no table: it failed, or a newer cell took its place, of its seed, or of its row by "
+        "another version of the method."
+    )
     if place is not None:
         told = ["In ", link(table_anchor(place.number), place.table.title), "."]
     notes = [element("p", note, class_="note") for note in material.cells[name]["notes"]]
