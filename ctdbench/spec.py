@@ -250,7 +250,7 @@ class EvalSpec(Frozen):
     limit: int | None = Field(
         None,
         ge=1,
-        description="At most this many items a task; of a group, a like share of each subset, rounded up.",
+        description="At most this many items a task (a group: split over its subsets, rounded up).",
     )
     limits: dict[str, Annotated[int, Field(ge=1)] | None] = Field(
         default_factory=dict, description="The same for single tasks, by name; null: all items."
