@@ -26,7 +26,7 @@ META = {
     "year": 2015,
     "needs": ["teacher logits", "one tokenizer"],
     "cost": "one softmax a side",
-    "ce": False,  # by default; the paper adds it with a weight of its own
+    "ce": False,  # by default; the paper adds one
     "floor": "zero",
 }
 

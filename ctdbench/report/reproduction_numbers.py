@@ -2,8 +2,9 @@
 
 Our intervals are those of every other table (`pairing`). A number that a paper prints has its
 printed standard error, or else the binomial one of an accuracy on the task's items, where their
-number is known. Numbers that share no outcomes are independent: the interval of their difference
-is Newcombe's (1998), the square-and-add of both.
+number is known. Numbers that share no outcomes are taken as independent: the interval of their
+difference is Newcombe's (1998), the square-and-add of both. Where they are of the same items, as
+two rows of a paper are, it is wider than it need be: how they vary together is not printed.
 """
 
 from __future__ import annotations
