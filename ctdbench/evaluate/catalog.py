@@ -78,9 +78,12 @@ TEACHER_TASKS = {
 
 def available_tasks(extra_tasks: Iterable[Path] = ()) -> list[TaskInfo]:
     """All tasks by name: the project's, the extra ones, and the teacher measures."""
-    configs = task_configs(extra_tasks)
-    listed = [_info(name, configs) for name in configs]
-    return sorted([*listed, *TEACHER_TASKS.values()], key=lambda info: info.name)
+    return _listed(task_configs(extra_tasks))
+
+
+def _listed(configs: Mapping[str, Config]) -> list[TaskInfo]:
+    infos = [_info(name, configs) for name in configs]
+    return sorted([*infos, *TEACHER_TASKS.values()], key=lambda info: info.name)
 
 
 def on_running_text(names: Sequence[str], extra_tasks: Iterable[Path] = ()) -> list[str]:
@@ -99,8 +102,8 @@ def check_tasks(
     metric that is no mean over items, PreflightError for a data set that is neither in the local
     cache nor reachable on the hub.
     """
-    extra = list(extra_tasks)
-    known, configs = {info.name: info for info in available_tasks(extra)}, task_configs(extra)
+    configs = task_configs(extra_tasks)
+    known = {info.name: info for info in _listed(configs)}
     for name in names:
         if name not in known:
             raise _unknown(name, known)
