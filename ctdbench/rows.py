@@ -87,6 +87,7 @@ class PairTables:
 
     student_vocabulary, teacher_vocabulary: token id -> bytes, b"" for specials and holes.
     special_pairs: (student id, teacher id) of specials with the same role, the end tokens first.
+    ends_first: whether they do begin with the end tokens; False where a side has none.
     student_special, teacher_special: all ids that stand for no bytes of text.
     projection: W as (indices [V_S, k] with -1 for none, weights [V_S, k]), or what makes it when a
         method first asks; None: `build_projection` from the vocabularies alone, no tokenizer. Ids
@@ -101,6 +102,7 @@ class PairTables:
     teacher_special: tuple[int, ...] = ()
     projection: GivenProjection | None = None
     edit_mapping: EditMapping = minimum_edit_map
+    ends_first: bool = True
 
     @classmethod
     def build(
@@ -112,13 +114,25 @@ class PairTables:
         teacher_special: Sequence[int] = (),
         projection: GivenProjection | None = None,
         edit_mapping: EditMapping = minimum_edit_map,
+        ends_first: bool = True,
     ) -> PairTables:
         """Tables from two vocabularies; arrays and lists are taken as they come."""
         pairs = tuple((int(s), int(t)) for s, t in special_pairs)
         specials = (tuple(map(int, student_special)), tuple(map(int, teacher_special)))
         return cls(
-            student_vocabulary, teacher_vocabulary, pairs, *specials, projection, edit_mapping
+            student_vocabulary,
+            teacher_vocabulary,
+            pairs,
+            *specials,
+            projection,
+            edit_mapping,
+            ends_first,
         )
+
+    @property
+    def end_pair(self) -> tuple[int, int] | None:
+        """(student id, teacher id) of the end tokens; None where a side has none."""
+        return self.special_pairs[0] if self.special_pairs and self.ends_first else None
 
     @cached_property
     def student_trie(self) -> ByteTrie:

@@ -141,8 +141,8 @@ class ALM(Method):
         return Needs(kind="scalars", hidden=hidden, teacher_hidden=hidden)
 
     def check(self, pair: PairTables) -> None:
-        """Raises UserError for debias=eos where the two sides' end tokens are not known."""
-        if self.options.debias == "eos" and not pair.special_pairs:
+        """Raises UserError for debias=eos where a side has no end token."""
+        if self.options.debias == "eos" and pair.end_pair is None:
             raise UserError(
                 "method.debias: eos needs an end token on both sides", "use method.debias=boundary"
             )
@@ -164,8 +164,8 @@ class ALM(Method):
     ) -> Tensor:
         """log p(token), log b (the boundary mass; debias=eos: p(end)), the state: [R, m]."""
         logits = rows.scores()
-        if self.options.debias == "eos":
-            mass = torch.tensor([pair.special_pairs[0][side == "teacher"]], device=logits.device)
+        if self.options.debias == "eos" and pair.end_pair:
+            mass = torch.tensor([pair.end_pair[side == "teacher"]], device=logits.device)
         else:
             mass = _boundary_ids(pair, side, logits.device)
         parts = pieces.by_rows(torch.arange(len(logits), device=logits.device), logits.shape[1])

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from golden_rows import check_gradient, closed_form, golden
+from harness_setup import llama_side
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import Case, renumbered, reversed_documents
 from random_texts import END, graph_size, made, text_cases, with_gradient
 from torch import Tensor
 
+from ctdbench.distill.setting import pair_tables
 from ctdbench.errors import UserError
 from ctdbench.method import (
     Method,
@@ -507,6 +509,19 @@ def test_a_vocabulary_without_boundaries_is_finite() -> None:
 
 def test_eos_debiasing_needs_end_tokens() -> None:
     student, teacher, _ = long_document(3)
-    pair = PairTables.build([b"a"] * 4, [b"a"] * 4)
-    with pytest.raises(UserError, match="end token"):
-        probe("alm", student, teacher, pair, debias="eos")
+    words = [b"", b"a", b"b", b"c"]
+    only_a_start = PairTables.build(words, words, [(0, 0)], [0], [0], ends_first=False)
+    for pair in (PairTables.build(words, words), only_a_start):
+        with pytest.raises(UserError, match="end token"):
+            probe("alm", student, teacher, pair, debias="eos")
+
+
+def test_a_side_without_end_token_has_no_end_pair() -> None:
+    """The harness' tables: what stands first then is the pair of another role."""
+    sides = llama_side("student"), llama_side("teacher")
+    found = pair_tables(*sides)
+    assert found.end_pair == (sides[0].specials.eos, sides[1].specials.eos)
+    endless = replace(sides[1], specials=replace(sides[1].specials, eos=None))
+    for pair in (pair_tables(sides[0], endless), pair_tables(endless, sides[0])):
+        assert pair.special_pairs
+        assert pair.end_pair is None

@@ -81,6 +81,7 @@ def pair_tables(student: Side, teacher: Side) -> PairTables:
         student_special=_special_ids(student),
         teacher_special=_special_ids(teacher),
         edit_mapping=cached_edit_map,
+        ends_first=None not in (student.specials.eos, teacher.specials.eos),
     )
 
 
