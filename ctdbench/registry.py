@@ -10,7 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
@@ -134,19 +134,30 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def validate(model: type[Model], raw: Mapping[str, Any], where: str) -> Model:
-    """`raw` as `model`; raises UserError with one line naming the first field at fault."""
+    """`raw` as `model`; raises UserError with one line naming a field at fault.
+
+    One that does not exist before all others: it may be a missing one, misspelt.
+    """
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = min(found, key=lambda one: one["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"])
-        known = list(model.model_fields)
-        hint = suggestion(field, known) if first["type"] == "extra_forbidden" else ""
-        message = first["msg"].removeprefix("Value error, ")
-        reason = "no such field" if first["type"] == "extra_forbidden" else message
+        reason, hint = first["msg"].removeprefix("Value error, "), ""
+        if first["type"] == "extra_forbidden":
+            reason, hint = "no such field", _meant(first["loc"], found, model)
         raise UserError(
             f"{where}: {field}: {reason}" if field else f"{where}: {reason}", hint
         ) from error
+
+
+def _meant(loc: tuple[int | str, ...], found: Sequence[Any], model: type[BaseModel]) -> str:
+    """What a field that does not exist may have been; within a part, one that is missing there."""
+    lacking = [one["loc"] for one in found if one["type"] == "missing"]
+    beside = [str(other[-1]) for other in lacking if other[:-1] == loc[:-1]]
+    known = beside if len(loc) > 1 else list(model.model_fields)
+    return suggestion(str(loc[-1]), known) if known else ""
 
 
 Entry = TypeVar("Entry")

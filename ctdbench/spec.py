@@ -26,22 +26,27 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def parse_bytes(value: Any) -> int:
-    """`200kB`, `1.5MB` or a number of bytes -> bytes; raises ValueError otherwise."""
+    """`200kB`, `1.5MB` or a number of bytes -> bytes; raises ValueError otherwise.
+
+    A small number as text has to say its unit: who writes 5 hardly means five bytes.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?b?)\s*", str(value), flags=re.IGNORECASE)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{value!r} is no amount of bytes such as 200kB or 1.5MB")
     size = round(float(match[1]) * _UNITS[match[2].lower()])
     if size <= 0:
         raise ValueError("must be more than 0 bytes")
+    if isinstance(value, str) and not match[2] and size < _UNITS["kb"]:
+        raise ValueError(f"{value!r} has no unit: write {value}kB, {value}MB or {value}B")
     return size
 
 
 def format_bytes(size: int) -> str:
-    """1500000 -> `1.5MB`, 200000 -> `200kB`."""
+    """1500000 -> `1.5MB`, 200000 -> `200kB`, 5 -> `5 bytes` (not 5B: billions)."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
             return f"{size / scale:.4g}{unit}"
-    return f"{size}B"
+    return f"{size} bytes"
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

@@ -203,6 +203,7 @@ CONFIGS = [
     Bad("a file that holds itself", asked("train: &t {clip: *t}"), "train: clip"),
     Bad("key that is a number", config("1: 2"), "run.yaml: 1 is no name of a field"),
     Bad("unknown field", asked("optoins: {}"), "did you mean options"),
+    Bad("misspelt field", pair(teachers=None, teacher=[]), "did you mean teachers"),
     Bad("section that is a list", asked("train: [1]"), "train must hold a mapping"),
     Bad("field that is a number", asked("train: {1: 2}"), "train: 1"),
     Bad("options that are a word", asked("options: all"), "options must hold a mapping"),

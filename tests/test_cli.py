@@ -100,7 +100,10 @@ GOOD = ("run", "--method", "sft", "--pair", "smol-mistral")
         ([*GOOD, "--tasks", "gsm9k"], "did you mean gsm8k"),
         ([*GOOD, "--tasks", ","], "unknown task"),
         ([*GOOD, "--budget", "much"], "train: budget: "),
+        ([*GOOD, "--budget", "5"], "train: budget: '5' has no unit: write 5kB, 5MB or 5B"),
         ([*GOOD, "--seed", "-1"], "seed: "),
+        (["plan", *GOOD[1:], "--seeds", "1,x"], "seeds: '1,x' is neither a number of seeds nor"),
+        (["plan", *GOOD[1:], "--seed", "-1"], "seeds: "),
         ([*GOOD, "--limit", "0"], "eval: limit: "),
         ([*GOOD, "--set", "train.clib=3"], "train: clib: no such field. did you mean clip"),
         ([*GOOD, "--set", "trian.clip=3"], "unknown section of --set 'trian'. did you mean train"),
@@ -117,6 +120,7 @@ GOOD = ("run", "--method", "sft", "--pair", "smol-mistral")
         (["evaluate", "."], "evaluate takes a model's folder as dir:."),
         (["list", "method"], "method"),
         (["corpus", "--out", "x.gz", "--bytes", "many"], "--bytes: 'many' is no amount of bytes"),
+        (["corpus", "--out", "x.txt"], "--out x.txt: not a new file that ends in .jsonl.gz"),
     ],
 )
 def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[str], complaint: str) -> None:

@@ -275,7 +275,7 @@ def test_ranks_are_averaged_over_columns_in_the_direction_of_each() -> None:
         row("bld", {BPB: 0.9, ACC: 0.7}),
         row("uld", {BPB: 1.1, ACC: 0.5}),
     ]
-    assert average_ranks(table_of(rows), rows) == {"bld": 1.0, "sft": 2.25, "uld": 2.75}
+    assert average_ranks([BPB, ACC], rows) == {"bld": 1.0, "sft": 2.25, "uld": 2.75}
 
 
 def test_ranks_leave_out_what_cannot_be_ranked() -> None:
@@ -295,6 +295,23 @@ def test_ranks_leave_out_what_cannot_be_ranked() -> None:
     assert f"critical difference {critical_difference(4, 5):.2f}" in told
     bars = [found for found in figure.axes[0].get_lines() if found.get_label() == "_clique"]
     assert len(bars) == 1
+
+
+def test_ranks_leave_out_tasks_where_every_row_guesses() -> None:
+    columns = WIDE_COLUMNS[:4]
+    rows = [row(f"m{i}", dict.fromkeys(columns, 0.5 + 0.1 * i)) for i in range(3)]
+
+    def guessing(number: int) -> Table:
+        scores = [dict(found.scores) for found in rows]
+        for own in scores[:number]:
+            own[columns[3]] = replace(own[columns[3]], floor=True)
+        made = [replace(found, scores=own) for found, own in zip(rows, scores, strict=True)]
+        return table_of(made, columns)
+
+    told = words(drawn(figures.FIGURES["ranks"](guessing(3), {})))
+    assert "N = 3 tasks" in told
+    assert f"all rows guess there: {columns[3].task}." in " ".join(told.split())
+    assert "N = 4 tasks" in words(drawn(figures.FIGURES["ranks"](guessing(2), {})))
 
 
 @pytest.mark.parametrize(("rows", "seeds", "columns"), [(2, 3, 3), (3, 2, 3), (3, 3, 2)])

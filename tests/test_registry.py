@@ -78,9 +78,16 @@ def test_shipped_pairs_are_valid(name: str) -> None:
     ("text", "complaint"),
     [
         ("student: {model: dir:a}\n", "teachers: Field required"),
-        ("student: {modl: dir:a}\nteachers: [{model: dir:b}]\n", "student.model: Field required"),
+        (
+            "student: {modl: dir:a}\nteachers: [{model: dir:b}]\n",
+            "student.modl: no such field. did you mean model?",
+        ),
+        (
+            "student: {model: dir:a}\nteachers: [{model: dir:b, size: 1}]\n",
+            "teachers.0.size: no such field",
+        ),
         ("student: {model: dir:a}\nteachers: []\n", "teachers: Tuple should have at least 1 item"),
-        ("student: {model: dir:a}\nteacher: {model: dir:b}\n", "teacher"),
+        ("student: {model: dir:a}\nteacher: {model: dir:b}\n", "did you mean teachers"),
         ("student: [unclosed\n", "line 2 is no valid YAML"),
         ("- a list\n", "must hold a mapping of fields, not list"),
         ("", "must hold a mapping of fields, not NoneType"),

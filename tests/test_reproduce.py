@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from ctdbench import recipes, request
+from ctdbench.cli import app
 from ctdbench.errors import PreflightError, RunError, Terminated, UserError
 from ctdbench.evaluate.catalog import leaf_configs, task_configs
 from ctdbench.launch import reproduce
@@ -177,7 +179,7 @@ def settings(**ask: Any) -> list[str]:
     """What a dry run of Table 1 of BLD tells of its settings, where its models are missing."""
 
     planned = plan(recipes.load("bld-table1"), Ask(**ask)).resolved(request.resolve_options)
-    text = reproduce.describe(planned, Path("none"), no_model)
+    text, _ = reproduce.describe(planned, Path("none"), no_model)
     return [line.strip() for line in text.partition("Settings")[2].splitlines()]
 
 
@@ -268,7 +270,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) -> None:
     store, said = tmp_path / "runs", list[str]()
     assert reproduce.problems(tiny, CHECK) == []
-    assert "2 cells, 0 done already" in reproduce.describe(tiny, store, CHECK)
+    before, failing = reproduce.describe(tiny, store, CHECK)
+    assert "2 cells, 0 done already" in before
+    assert not failing
     text = render(reproduce.compare(tiny, reproduce.run(tiny, store, said.append), store))
     lines = {line.split("|")[0].strip(): line for line in text.splitlines() if "|" in line}
     assert lines["bld"].split("|")[1].split()[0] == "75.68?"
@@ -278,7 +282,7 @@ def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) 
     assert "mined: failed: " in text
     assert "left out on purpose" in text
     assert ["failed" in line for line in said] == [True, False]
-    planned = reproduce.describe(tiny, store, CHECK)
+    planned, _ = reproduce.describe(tiny, store, CHECK)
     assert "2 cells, 1 done already" in planned
     assert "ours   learning rate 0.0001 (not found; here: " in planned
     said.clear()
@@ -288,11 +292,18 @@ def test_from_nothing_to_the_side_by_side_and_again(tiny: Plan, tmp_path: Path) 
 
 
 def test_a_dry_run_says_what_cannot_run_and_runs_nothing(tiny: Plan, tmp_path: Path) -> None:
-    text = reproduce.describe(tiny, tmp_path / "runs", no_model)
-    assert text.count("cannot run: no such model. pip install it") == 2
+    text, failing = reproduce.describe(tiny, tmp_path / "runs", no_model)
+    assert text.count(": cannot run\n") == 2
+    assert text.count("would fail: no such model. pip install it") == len(failing) == 1
     assert not (tmp_path / "runs").exists()
-    no_text = reproduce.describe(replace(tiny, ask=Ask()), tmp_path / "runs", no_model)
-    assert no_text.count("--corpus") == 1
+    no_text, failing = reproduce.describe(replace(tiny, ask=Ask()), tmp_path / "runs", no_model)
+    assert no_text.count("--corpus") == len(failing) == 1
+
+
+def test_a_dry_run_of_what_cannot_run_exits_as_plan_does() -> None:
+    done = CliRunner().invoke(app, ["reproduce", "bld-table1", "--dry-run"])  # no text is given
+    assert done.exit_code == 3
+    assert "would fail: bld-table1 trains on" in done.stdout
 
 
 @pytest.mark.parametrize(

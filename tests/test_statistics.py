@@ -360,6 +360,18 @@ def test_a_comparison_turns_around(seed: int, seeds: int, kind: str) -> None:
     assert one.test == (several if seeds > 1 else names[kind])
 
 
+@pytest.mark.parametrize("theirs", [1.0, 0.0])
+def test_accuracies_that_differ_alike_everywhere_are_not_certain(theirs: float) -> None:
+    """20 items tell no more than 20 items, however many seeds answer them alike."""
+    right, others = np.ones((3, 20)), np.full((3, 20), theirs)
+    for seeds in ((0, 1, 2), (7, 8, 9)):
+        found = compare(outcomes(right), outcomes(others, seeds=seeds))
+        assert (found.low, found.high) == statistics.accuracy_difference(right[0], others[0])
+        assert found.p == statistics.mcnemar(right[0], others[0])
+        assert found.high - found.low > 0.1
+        assert found.seeds == 3
+
+
 def test_estimates_choose_their_interval() -> None:
     generator = random(0)
     bits = generator.integers(0, 2, (4, 50)).astype(float)

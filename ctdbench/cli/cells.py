@@ -159,8 +159,9 @@ def reproduce(
     check = partial(preflight, store=store)
     if dry_run:
         planned = planned.resolved(request.resolve_options)
-        typer.echo(launcher.describe(planned, store, check), nl=False)
-        return
+        text, failing = launcher.describe(planned, store, check)
+        typer.echo(text, nl=False)
+        raise typer.Exit(3 if failing else 0)
     stop(launcher.problems(planned, check))
     planned = planned.resolved(request.resolve_options)
     outcomes = launcher.run(planned, store, lambda line: typer.echo(line, err=True))

@@ -189,20 +189,23 @@ def _sizes(text: str) -> tuple[int, int]:
 
 @app.command()
 def corpus(
-    out: Annotated[Path, typer.Option(help="File to write, .jsonl.gz.")],
+    out: Annotated[Path, typer.Option(help="New file to write, .jsonl.gz.")],
     seed: Annotated[int, typer.Option(help="Of the prompts' order and the sampling.")] = 0,
     size: Annotated[str, typer.Option("--bytes", help="How much text: 1500kB.")] = "1500kB",
     debug: Debug = False,
 ) -> None:
     """Generate the embedded corpus anew.
 
-    SmolLM2-135M-Instruct answers the shipped prompts.
+    SmolLM2-135M-Instruct answers the shipped prompts; on a CPU that takes hours, and the file is
+    written at the end.
     """
     from ctdbench import registry, request
 
     target = request.bytes_of(size, "--bytes")
     if not out.parent.is_dir():
         raise UserError(f"folder {out.parent} does not exist", "make it first, or name another")
+    if not out.name.endswith(".jsonl.gz") or out.exists():
+        raise UserError(f"--out {out}: not a new file that ends in .jsonl.gz", "name another")
     import torch
     from tqdm import tqdm
 

@@ -174,7 +174,7 @@ def _refuse(**stated: Any) -> None:
 
 
 def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",")]
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _cluster(

@@ -48,7 +48,8 @@ def evaluate(
 ) -> None:
     """Score a kept cell, a model, or an average of several, without training.
 
-    A cell is evaluated as it was; with --tasks on all items, or on --limit of them. Cells keep
+    A cell is evaluated as it was; with --tasks on all items, or on --limit of them. A model without
+    --tasks is evaluated on those of run's default that need no cell's text or teacher. Cells keep
     their model by run --keep-model; the baselines start and teacher have theirs in any case.
     """
     from ctdbench import request, results

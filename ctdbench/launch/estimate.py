@@ -21,9 +21,10 @@ from ctdbench.spec import ModelSpec, RunSpec
 BYTES_PER_TOKEN, BYTES_PER_TOKEN_OF = 3.6, {"bytes": 1.0, "tiny": 1.7}
 FLOAT, HALF = 4, 2  # bytes
 KEPT_CHECKPOINTS = 3  # two, and the one that is being written
-# Python, torch, transformers and lm-eval before any model, and some of what kernels for new shapes
-# and gaps between blocks add on a processor: over 1 GB by the end of a cell of 300 kB of text.
-PROCESS = 900_000_000
+# On a processor: Python, torch, transformers and lm-eval before any model; and, as a share of a
+# step's activations, what kernels for new shapes and gaps between blocks add step by step. Text
+# beyond the first 100 kB brings few new shapes.
+PROCESS, GROWTH, GROWS_FOR = 700_000_000, 0.6, 100_000
 # Fitted: bytes that a token leaves in a layer for the backward, by channels and by channels of the
 # feed-forward; and how many copies of a block's logits exist at once.
 PER_CHANNEL, PER_FEED_FORWARD, LOGITS = 50, 16, 8
@@ -55,7 +56,7 @@ def estimate(spec: RunSpec, *, taught: bool, on_gpu: bool = False) -> Estimate |
     kept = SAMPLES + spec.train.keep_model * FLOAT * student.parameters
     return Estimate(
         flops=_flops(spec, student, known if taught else []),
-        memory=_memory(spec, student, known, taught) + (0 if on_gpu else PROCESS),
+        memory=_memory(spec, student, known, taught) + (0 if on_gpu else _process(spec, student)),
         disk=checkpoints * 3 * FLOAT * trained + kept,
         kept=kept,
     )
@@ -82,6 +83,11 @@ def _flops(spec: RunSpec, student: Size, teachers: list[Size]) -> float:
     each = zip(teachers, spec.pair.teachers, strict=False)
     taught = [2.0 * size.parameters / bytes_per_token(side) for size, side in each]
     return own + sum(taught) * spec.train.budget
+
+
+def _process(spec: RunSpec, student: Size) -> int:
+    share = GROWTH * min(1.0, spec.train.budget / GROWS_FOR)
+    return PROCESS + round(share * _activations(spec, student))
 
 
 def _memory(spec: RunSpec, student: Size, teachers: list[Size], taught: bool) -> int:

@@ -43,10 +43,13 @@ Build = Callable[[Mapping[str, Any]], RunSpec]  # `request.build_spec`: a reques
 def parse_seeds(value: Any) -> tuple[int, ...]:
     """3 -> 0, 1, 2; [4, 5] or "4,5" -> those; raises ValueError otherwise."""
     stated = value.split(",") if isinstance(value, str) and "," in value else value
-    if isinstance(stated, list | tuple):
-        seeds = tuple(int(seed) for seed in stated if str(seed).strip())
-    else:
-        seeds = tuple(range(int(stated)))
+    try:
+        if isinstance(stated, list | tuple):
+            seeds = tuple(int(seed) for seed in stated if str(seed).strip())
+        else:
+            seeds = tuple(range(int(stated)))
+    except (TypeError, ValueError):
+        seeds = ()
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"{value!r} is neither a number of seeds nor a list of different ones")
     return seeds
@@ -116,6 +119,10 @@ class Tuning(Frozen):
         return {SECTIONS[section]: {name: value}}
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _rows(value: Any) -> Any:
     stated = value if isinstance(value, list | tuple) else [value]
     return [{"row": entry} if isinstance(entry, str) else entry for entry in stated]
@@ -125,7 +132,7 @@ class Grid(Frozen):
     """Every row on every pair with every seed."""
 
     title: str = ""
-    pairs: tuple[str, ...] = Field(min_length=1)
+    pairs: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(min_length=1)
     rows: Annotated[tuple[GridRow, ...], BeforeValidator(_rows)] = Field(min_length=1)
     seeds: Seeds = (0,)
     train: Fields = Field(default_factory=dict)

@@ -93,8 +93,9 @@ def _due(rows: Sequence[_Row]) -> Iterator[str]:
         memory, disk = (max(getattr(cost, of) for cost in costs) for of in ("memory", "disk"))
         yield (
             f"{len(costs)} to run, about {sum(cost.flops for cost in costs):.2g} FLOPs of "
-            f"training; each at most {format_bytes(memory)} of memory and {format_bytes(disk)} of "
-            f"disk while it runs; {format_bytes(sum(cost.kept for cost in costs))} of disk to keep"
+            f"training; each about {format_bytes(memory)} of memory or less, and at most "
+            f"{format_bytes(disk)} of disk while it runs; "
+            f"{format_bytes(sum(cost.kept for cost in costs))} of disk to keep"
         )
     if specs := [row.spec for row in rows if row.due and row.spec]:
         taken = cache_use(specs, {})

@@ -27,7 +27,7 @@ from ctdbench.report.reproduction import Ours, Reproduction, side_by_side, sourc
 from ctdbench.results import Result
 from ctdbench.spec import RunSpec, format_bytes
 
-DONE, OPEN, NO_TEXT = "done", "to do", "not known without the text"
+DONE, OPEN, NO_TEXT, CANNOT = "done", "to do", "not known without the text", "cannot run"
 Check = Callable[[Sequence[RunSpec]], list[UserError]]  # what would fail (`preflight.preflight`)
 
 
@@ -36,18 +36,25 @@ def problems(plan: Plan, check: Check) -> list[UserError]:
     return _without_text(plan) or check(list(plan.cells.values()))
 
 
-def describe(plan: Plan, store: Path, check: Check) -> str:
-    """A resolved plan as text: cells, which of them are done, all settings with their source."""
-    no_text = _refusal(_without_text(plan))
-    states = dict.fromkeys(plan.cells, NO_TEXT) if no_text else _states(plan, store, check)
+def describe(plan: Plan, store: Path, check: Check) -> tuple[str, list[UserError]]:
+    """A resolved plan as text: cells, which of them are done, all settings with their source.
+
+    And what keeps cells from running, which is in the text, too.
+    """
+    failing = _without_text(plan)
+    if failing:
+        states = dict.fromkeys(plan.cells, NO_TEXT)
+    else:
+        states, failing = _states(plan, store, check)
     titles = plan.titles
     count = sum(state == DONE for state in states.values())
     lines = [f"{plan.recipe.name} at {plan.ask.scale} scale: {plan.recipe.title}", ""]
-    lines += [f"{len(states)} cells, {count} done already:", *([no_text] if no_text else [])]
+    lines += [f"{len(states)} cells, {count} done already:"]
     lines += [f"  {titles[key]}: {state}" for key, state in states.items()]
     lines += [f"  {title}: {why}" for title, why in map(_absence, plan.rows) if why]
+    lines += [f"would fail: {problem}" for problem in failing]
     lines += ["", "Columns:", *map(_column, plan.measures), ""]
-    return "\n".join([*lines, *_settings(plan)]) + "\n"
+    return "\n".join([*lines, *_settings(plan)]) + "\n", failing
 
 
 def run(
@@ -119,21 +126,22 @@ def _without_text(plan: Plan) -> list[UserError]:
     return []
 
 
-def _states(plan: Plan, store: Path, check: Check) -> dict[str, str]:
-    """Of every cell whether it is done; or why it cannot run here."""
+def _states(plan: Plan, store: Path, check: Check) -> tuple[dict[str, str], list[UserError]]:
+    """Of every cell whether it is done or could be; and each reason why one could not, once."""
     refused = {
-        pair: _refusal(check([spec for spec in plan.cells.values() if spec.pair.name == pair]))
+        pair: check([spec for spec in plan.cells.values() if spec.pair.name == pair])
         for pair in plan.by_pair
     }
-    states = {key: refused[spec.pair.name] for key, spec in plan.cells.items()}
-    runnable = [GridCell(plan.titles[key], plan.cells[key]) for key in states if not states[key]]
+    states = dict.fromkeys(plan.cells, CANNOT)
+    runnable = [
+        GridCell(plan.titles[key], spec)
+        for key, spec in plan.cells.items()
+        if not refused[spec.pair.name]
+    ]
     for place in places(runnable, store):
         states[key_of(place.cell.spec)] = DONE if place.state == "done" else OPEN
-    return states
-
-
-def _refusal(problems: Sequence[UserError]) -> str:
-    return f"cannot run: {'; '.join(map(str, problems))}" if problems else ""
+    by_text = {str(problem): problem for found in refused.values() for problem in found}
+    return states, list(by_text.values())
 
 
 def _reason(error: Exception) -> str:

@@ -223,8 +223,8 @@ class _Group:
         }
         adjusted = holm([test.p for test in tests.values()]).tolist()
         return {
-            key: _difference(test, p)
-            for (key, test), p in zip(tests.items(), adjusted, strict=True)
+            key: _difference(test, p_holm)
+            for (key, test), p_holm in zip(tests.items(), adjusted, strict=True)
         }
 
     def _share(self, label: str, column: Column) -> Share | None:
@@ -270,12 +270,13 @@ def _stated_metric(result: Result, task: str) -> str:
     return str(settings.get(task, {}).get("metric", ""))
 
 
-def _difference(test: Comparison, p: float) -> Difference:
+def _difference(test: Comparison, p_holm: float) -> Difference:
     from ctdbench.report.significance import SEEDS_TO_RANK
     from ctdbench.report.statistics import ALPHA
 
-    claimed = p <= ALPHA and test.seeds >= SEEDS_TO_RANK
-    return Difference(test.difference, _finite(test.low), _finite(test.high), p, claimed)
+    claimed = p_holm <= ALPHA and test.seeds >= SEEDS_TO_RANK
+    ends = _finite(test.low), _finite(test.high)
+    return Difference(test.difference, *ends, test.p, p_holm, claimed)
 
 
 def _finite(bound: float) -> float | None:

@@ -1,7 +1,7 @@
 """Two models' outcomes on one task, paired by document: `compare`; and one model's: `estimate`.
 
 Within one seed the documents are random; over several, documents and seeds are (and McNemar's
-test, which knows no seeds, is never used).
+test, which knows no seeds, is used only where neither differs at all).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ctdbench.report import statistics
 from ctdbench.report.statistics import Array, Interval, Items, Variance
 
 Bootstrap = Callable[[Array, Items], Interval]
+ROUNDING = 1e-20  # a variance below is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +141,7 @@ def compare_all(
     aligned = [pair_outcomes(a, b) for a, b in pairs]
     single = [len(a.values) == len(b.values) == 1 for a, b in aligned]
     crossed = [pair for pair, alone in zip(aligned, single, strict=True) if not alone]
-    found = iter(_over_seeds(crossed))
+    found = iter(_over_seeds(crossed, bootstrap))
     return [
         _one_seed(*pair, bootstrap) if alone else next(found)
         for pair, alone in zip(aligned, single, strict=True)
@@ -155,7 +156,9 @@ def _one_seed(a: Outcomes, b: Outcomes, bootstrap: Bootstrap) -> Comparison:
     return _comparison(a, b, (*ends, statistics.mcnemar(left, right)), "exact McNemar")
 
 
-def _over_seeds(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> list[Comparison]:
+def _over_seeds(
+    pairs: Sequence[tuple[Outcomes, Outcomes]], bootstrap: Bootstrap
+) -> list[Comparison]:
     if not pairs:
         return []
     variances = [difference_variance(a, b) for a, b in pairs]
@@ -165,9 +168,17 @@ def _over_seeds(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> list[Comparison]:
     bounds = (differences - half, differences + half, stacked.p_value(differences))
     intervals = zip(*(bound.tolist() for bound in bounds), strict=True)
     return [
-        _comparison(a, b, interval, _several(variance))
+        _one_seed(a, b, bootstrap)
+        if _without_spread(a, b, variance)
+        else _comparison(a, b, interval, _several(variance))
         for (a, b), variance, interval in zip(pairs, variances, intervals, strict=True)
     ]
+
+
+def _without_spread(a: Outcomes, b: Outcomes, variance: Variance) -> bool:
+    """Accuracies that differ alike on every document and seed: few of them would, by chance."""
+    alike = variance.items < ROUNDING and variance.seeds < ROUNDING
+    return a.is_choice and b.is_choice and bool(alike)
 
 
 def _comparison(

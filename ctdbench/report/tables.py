@@ -31,15 +31,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Difference:
-    """From the reference row: value, 95 % interval, and p adjusted for all of the table (Holm).
+    """From the reference row: value, and its own 95 % interval and p.
 
-    claimed: whether it may be called different: p at most 5 % and seeds enough to rank.
+    p_holm: p adjusted for all differences of the table. claimed: whether it may be called
+    different: p_holm at most 5 % and seeds enough to rank.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    p_holm: float | None = None
     claimed: bool = False
 
 

@@ -14,7 +14,7 @@ from ctdbench.report.figures import style
 from ctdbench.report.figures.style import INK
 from ctdbench.report.significance import SEEDS_TO_RANK
 from ctdbench.report.statistics import ALPHA
-from ctdbench.report.tables import Row, Table
+from ctdbench.report.tables import Column, Row, Table
 
 FEWEST = 3  # rows, and columns
 # Inches: where the critical difference and the axis are; a label, a bar, a gap; the axis at least.
@@ -24,27 +24,39 @@ LINE, BAR, GAP, SHORTEST = 0.13, 0.07, 0.08, 1.2
 
 @style.styled
 def ranks(table: Table, folders: Mapping[str, Path]) -> Figure | str:
-    """Ranks of the rows with seeds enough, averaged over the table's tasks; 1 is the best."""
+    """Ranks of the rows with seeds enough, averaged over tasks; 1 is the best.
+
+    Not over tasks where every one of them is guessing: their order there is chance.
+    """
     eligible = [row for row in table.rows if not row.is_baseline and not style.too_few_seeds(row)]
-    rows = [row for row in eligible if len(row.scores) == len(table.columns)]
-    if len(rows) < FEWEST or len(table.columns) < FEWEST:
+    guessed = [column for column in table.columns if _all_guess(eligible, column)]
+    columns = [column for column in table.columns if column not in guessed]
+    rows = [row for row in eligible if row.scores.keys() >= set(columns)]
+    if len(rows) < FEWEST or len(columns) < FEWEST:
         return (
-            f"average ranks take {FEWEST} rows of {SEEDS_TO_RANK} seeds and {FEWEST} tasks; here "
-            f"are {len(rows)} such rows with all of {len(table.columns)} tasks"
+            f"average ranks take {FEWEST} rows of {SEEDS_TO_RANK} seeds and {FEWEST} tasks that "
+            f"are not guessed; here are {len(rows)} such rows with all of {len(columns)} tasks"
         )
-    averages = average_ranks(table, rows)
-    distance = critical_difference(len(rows), len(table.columns))
-    figure = _Diagram(averages, distance, _remarks(eligible, rows, len(table.columns))).draw()
+    averages = average_ranks(columns, rows)
+    distance = critical_difference(len(rows), len(columns))
+    absent = [row.label for row in eligible if row not in rows]
+    remarks = _remarks(len(columns), absent, [column.task for column in guessed])
+    figure = _Diagram(averages, distance, remarks).draw()
     figure.set_label(f"Average ranks with Nemenyi's critical difference, {table.title}")
     return figure
 
 
-def average_ranks(table: Table, rows: Sequence[Row]) -> dict[str, float]:
+def _all_guess(rows: Sequence[Row], column: Column) -> bool:
+    scores = [row.scores[column] for row in rows if column in row.scores]
+    return bool(scores) and all(score.floor for score in scores)
+
+
+def average_ranks(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, float]:
     """By label, best first: 1 for a row that is the best in every column; ties share ranks."""
     from scipy.stats import rankdata
 
-    signs = [1 if column.lower_is_better else -1 for column in table.columns]
-    values = np.array([[row.scores[column].value for column in table.columns] for row in rows])
+    signs = [1 if column.lower_is_better else -1 for column in columns]
+    values = np.array([[row.scores[column].value for column in columns] for row in rows])
     average = rankdata(values * signs, axis=0).mean(1).tolist()
     found = dict(zip((row.label for row in rows), average, strict=True))
     return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -68,12 +80,12 @@ def cliques(averages: Sequence[float], distance: float) -> list[tuple[int, int]]
     return runs
 
 
-def _remarks(eligible: Sequence[Row], rows: Sequence[Row], columns: int) -> str:
+def _remarks(columns: int, absent: Sequence[str], guessed: Sequence[str]) -> str:
     told = (
         f"Average rank over N = {columns} tasks; 1 is the best. Bars join rows that Nemenyi's test "
         f"does not tell apart at 5 %; the fewer the tasks, the wider the critical difference."
     )
-    absent = [row.label for row in eligible if row not in rows]
+    told += f" Not in it, for all rows guess there: {style.listed(guessed)}." if guessed else ""
     return told + (f" Not scored on every task: {style.listed(absent)}." if absent else "")
 
 
