@@ -120,12 +120,11 @@ class Tuning(Frozen):
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _rows(value: Any) -> Any:
-    stated = value if isinstance(value, list | tuple) else [value]
-    return [{"row": entry} if isinstance(entry, str) else entry for entry in stated]
+    return [{"row": entry} if isinstance(entry, str) else entry for entry in _listed(value)]
 
 
 class Grid(Frozen):

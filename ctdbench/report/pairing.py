@@ -1,7 +1,7 @@
 """Two models' outcomes on one task, paired by document: `compare`; and one model's: `estimate`.
 
 Within one seed the documents are random; over several, documents and seeds are (and McNemar's
-test, which knows no seeds, is used only where neither differs at all).
+test, which knows no seeds, is used only where neither seeds nor documents show any spread).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _over_seeds(
 
 
 def _without_spread(a: Outcomes, b: Outcomes, variance: Variance) -> bool:
-    """Accuracies that differ alike on every document and seed: few of them would, by chance."""
+    """Whether accuracies differ alike on every document and seed, which says nothing of others."""
     alike = variance.items < ROUNDING and variance.seeds < ROUNDING
     return a.is_choice and b.is_choice and bool(alike)
 
