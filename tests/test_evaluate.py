@@ -100,6 +100,24 @@ class TestBitsPerByte:
         expected = [bits(MODEL, c + t, len(t), len(TOKENIZER)) for _, c, t in requests]
         assert [-nats / math.log(2) for nats, _ in scores] == pytest.approx(expected, rel=1e-4)
 
+    def test_a_model_that_keeps_all_logits_scores_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forward = MODEL.forward
+
+        def deaf(*inputs: Any, logits_to_keep: int = 0, **options: Any) -> Any:
+            return forward(*inputs, **options)
+
+        model = PinnedLM(MODEL, TOKENIZER, batch_size=2)
+        requests = [
+            ("", [3, 8, 5], [4]),
+            ("", [7, 2], [6]),
+        ]  # 3 logits of a row, and 2 are asked for
+        before = model._loglikelihood_tokens(requests, disable_tqdm=True)
+        monkeypatch.setattr(MODEL, "forward", deaf)
+        after = model._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert [nats for nats, _ in after] == pytest.approx([nats for nats, _ in before])
+
     def test_nothing_to_score_is_said(self) -> None:
         model = PinnedLM(MODEL, TOKENIZER, batch_size=2)
         with pytest.raises(RunError, match="no token"):

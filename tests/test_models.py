@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from harness_setup import tokenizer
+from huggingface_hub import constants
 from tiny_models import bpe_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -190,6 +191,30 @@ def test_a_folder_that_holds_no_model_is_an_error_of_one_line(tmp_path: Path) ->
         with pytest.raises(PreflightError, match="does not load") as caught:
             load(f"dir:{tmp_path}")
         assert "\n" not in str(caught.value)
+
+
+def test_a_hub_model_is_loaded_at_the_commit_that_its_id_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for `main`, the library would fetch what lies there by now."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, asked = "a" * 40, []
+    for path, text in ((f"snapshots/{commit}/config.json", "{}"), ("refs/main", commit)):
+        (tmp_path / "models--o--m" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "models--o--m" / path).write_text(text)
+
+    def loaded(name: str, *, revision: str, **_: Any) -> Any:
+        asked.append((name, revision))
+        return small("Llama") if len(asked) == 1 else tokenizer("student")
+
+    for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", loaded)
+    assert references.content(references.parse("hub:o/m")) == commit
+    models.load_model("hub:o/m")
+    models.load_tokenizer("hub:o/m")
+    assert asked == [("o/m", commit)] * 2
+    assert references.hub_revision(references.parse("hub:o/other@v1")) == "v1"
+    assert references.hub_revision(references.parse("hub:o/other")) == "main"
 
 
 def test_the_tokenizer_of_bytes_is_a_reference_of_its_own() -> None:

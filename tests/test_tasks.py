@@ -251,6 +251,7 @@ class TestData:
         assert task_texts("gsm8k", data_dir)[0] == f"{GSM8K[0]['question']}\n{GSM8K[0]['answer']}"
         assert len(task_texts("agi_zh", data_dir)) == 30
         assert task_texts("bpb_heldout") == task_texts("teacher_jsd") == []
+        assert task_texts("teacher_jsd_pydoc") == task_texts("bpb_pydoc")
 
 
 class TestMetrics:

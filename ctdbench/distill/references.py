@@ -183,13 +183,27 @@ def _join(reference: Reference, parts: list[Path]) -> Path:
     return target
 
 
-def _hub_commit(reference: Reference) -> str:
-    """The commit of the cached files, else of the hub."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def hub_revision(reference: Reference) -> str:
+    """What to load a hub's files at: the commit that `content` names where files are cached.
+
+    Asked for `main`, transformers would fetch a newer commit than the cell's id stands for.
+    """
+    return _cached_commit(reference) or reference.revision or "main"
+
+
+def _cached_commit(reference: Reference) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision)
-    if isinstance(cached, str):
-        return Path(cached).parent.name
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def _hub_commit(reference: Reference) -> str:
+    """The commit of the cached files, else of the hub."""
+    from huggingface_hub import HfApi
+
+    if commit := _cached_commit(reference):
+        return commit
     info = HfApi().model_info(
         reference.name, revision=reference.revision, timeout=HUB_TIMEOUT_SECONDS
     )
@@ -197,10 +211,9 @@ def _hub_commit(reference: Reference) -> str:
 
 
 def _require_hub(reference: Reference) -> None:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
-    cached = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision)
-    if isinstance(cached, str):
+    if _cached_commit(reference):
         return
     hint = "check the name and your network, log in for gated models, or use a dir: reference"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):

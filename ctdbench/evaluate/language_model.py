@@ -192,6 +192,7 @@ class PinnedLM(HFLM):
             cache = self._read(rows[0][0][:shared], len(rows)) if shared else None
             keep = inputs.shape[1] - first
             logits = self.model(inputs, past_key_values=cache, logits_to_keep=keep).logits
+        logits = logits[:, -keep:]  # some models take the argument and keep all
         results = []
         for row, ids, begin in zip(logits, tokens, begins, strict=True):
             target = ids[begin + 1 :].to(self.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ctdbench.evaluate.loading import task_rows
+from ctdbench.evaluate.task_files import WITHOUT_FILE
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
@@ -57,10 +58,11 @@ def task_texts(
 ) -> list[str]:
     """The text of every evaluated item of a task or group: question, choices and answer together.
 
-    Loads the data (local files or hub) and runs the task files' Python. The teacher measures and
-    `bpb_heldout` have no items of their own: [].
+    Loads the data (local files or hub) and runs the task files' Python. A teacher measure has the
+    items of the text that it reads; those of held-out documents (`bpb_heldout`) are none: [].
     """
-    return [_text(row) for row in task_rows(task, data_dir, extra_tasks)]
+    read = WITHOUT_FILE.get(task, task)
+    return [_text(row) for row in task_rows(read, data_dir, extra_tasks)]
 
 
 def _text(row: dict[str, Any]) -> str:
