@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEXTS, bpe_tokenizer, byte_tokenizer, tiny_model
+from tiny_models import TEXTS, bpe_tokenizer, byte_tokenizer, recurrent_model, tiny_model
 from tokenizers import normalizers
 
 from ctdbench import ops
@@ -42,15 +42,17 @@ class TestTeacherDivergence:
             assert mean["jsd"] == pytest.approx((one["jsd"] + other["jsd"]) / 2)
             assert one["weight"] == mean["weight"] > 70
 
-    def test_streaming_changes_nothing(self) -> None:
-        side = ByteModel(MODEL, TOKENIZER)
+    @pytest.mark.parametrize("kind", ["attention", "Mamba", "FalconH1"])
+    def test_streaming_changes_nothing(self, kind: str) -> None:
+        model = MODEL if kind == "attention" else recurrent_model(kind, TOKENIZER)
+        side = ByteModel(model, TOKENIZER)
         text = TEXTS[0] * 3
         encoding = side.tokens.encode(text)
         token = torch.from_numpy(encoding.ids)
         assert len(token) > 2 * ROWS
         with torch.no_grad():
             inputs = torch.cat([torch.tensor([0]), token[:-1]])[None]
-            logits = MODEL(inputs).logits[0, :, : len(side.tokens.vocabulary)]
+            logits = model(inputs).logits[0, :, : len(side.tokens.vocabulary)]
         whole = ops.byte_distributions(
             side.trie,
             logits.softmax(-1),

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.tasks import TaskManager
-from tiny_models import TEXTS, bpe_tokenizer, byte_tokenizer, tiny_model
+from tiny_models import TEXTS, bpe_tokenizer, byte_tokenizer, recurrent_model, tiny_model
 from transformers import GenerationConfig
 
 from ctdbench.errors import PreflightError, RunError, UserError
 from ctdbench.evaluate import EvaluationRequest, check_tasks, evaluate, outcomes
-from ctdbench.evaluate.language_model import PinnedLM, undisturbed
+from ctdbench.evaluate.language_model import SHARED_CONTEXT, PinnedLM, undisturbed
 from ctdbench.evaluate.task_files import task_configs, task_dir
 from ctdbench.text.token_bytes import TokenBytes
 
@@ -117,6 +117,22 @@ class TestBitsPerByte:
         monkeypatch.setattr(MODEL, "forward", deaf)
         after = model._loglikelihood_tokens(requests, disable_tqdm=True)
         assert [nats for nats, _ in after] == pytest.approx([nats for nats, _ in before])
+
+    @pytest.mark.parametrize("kind", ["Mamba", "FalconH1", "Lfm2"])
+    def test_recurrent_layers_read_a_context_of_many_choices(self, kind: str) -> None:
+        """Their state cannot be repeated for every choice, as keys and values can."""
+        model, context = recurrent_model(kind, TOKENIZER), (TEXTS[0] * 3).strip()
+        scorer = PinnedLM(model, TOKENIZER, batch_size=2)
+        chosen = [" yes", " no, not at all"]
+        asked = [Instance("loglikelihood", {}, (context, text), 0) for text in chosen]
+        with undisturbed(model, TOKENIZER):
+            found = scorer.loglikelihood(asked, disable_tqdm=True)
+        before = scorer.tok_encode(context)
+        assert len(before) > SHARED_CONTEXT
+        for (nats, _), text in zip(found, chosen, strict=True):
+            ids = TOKENIZER(text)["input_ids"]
+            expected = bits(model, before + ids, len(ids), len(TOKENIZER))
+            assert -nats / math.log(2) == pytest.approx(expected, rel=1e-4)
 
     def test_nothing_to_score_is_said(self) -> None:
         model = PinnedLM(MODEL, TOKENIZER, batch_size=2)

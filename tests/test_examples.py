@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ctdbench.distill import examples
 from ctdbench.distill.corpus import Document, Segment
 from ctdbench.distill.examples import AlignedSide, Example, build_example, build_examples, render
 from ctdbench.distill.models import Specials
+from ctdbench.distill.setting import pair_tables
 from ctdbench.errors import UserError
 from ctdbench.text.token_bytes import NotLossless
 
@@ -313,6 +315,41 @@ def test_chat_is_what_the_tokenizers_own_template_gives(name: str) -> None:
     assert sequence.ids[sequence.end] == own.specials.eos
 
 
+def chat_side(template: str, **changed: Any) -> Any:
+    """SmolLM2's side with another template."""
+    own = side("smollm2", **changed)
+    own.tokenizer = copy.deepcopy(own.tokenizer)
+    own.tokenizer.chat_template = template
+    return own
+
+
+@pytest.mark.parametrize(
+    "closing", ["<|im_end|>\n", "<|im_end|><|endoftext|>"], ids=["gemma", "phi"]
+)
+def test_an_answer_ends_with_the_special_of_its_template(closing: str) -> None:
+    """It need not be EOS, nor the last one."""
+    turn = "{{ '<|im_start|>' + m['role'] + m['content'] + '" + closing + "' }}"
+    of = side("smollm2").tokenizer.convert_tokens_to_ids
+    other = chat_side("{% for m in messages %}" + turn + "{% endfor %}", eos=of("<|endoftext|>"))
+    own = side("mistral")
+    found = build_example(question("Who?", "I."), other, own, "chat")
+    parts = found.student, found.teacher
+    last = [part.sequence.ids[part.chunk == found.chunks - 1].tolist() for part in parts]
+    assert last == [[of("<|im_end|>")], [own.specials.eos]]
+    assert all(part.supervised[part.sequence.end] for part in parts)
+    assert pair_tables(other, own, "chat").end_pair == (of("<|im_end|>"), own.specials.eos)
+    assert pair_tables(other, own, "plain").end_pair == (other.specials.eos, own.specials.eos)
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day() -> None:
+    """Llama 3.2's takes the date from `date_string` or `strftime_now`."""
+    day = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    turns = "{% endif %}{{ date_string + strftime_now(' %j') }}{% for m in messages %}"
+    own = chat_side(f"{day}{turns}{{{{ m['content'] + eos_token }}}}{{% endfor %}}")
+    sequence = render(question("Who?", "I."), own, "chat")
+    assert own.tokenizer.decode(sequence.ids) == "26 Jul 2024 208Who?<|im_end|>I.<|im_end|>"
+
+
 @every_pair
 @few
 @given(prompt=texts.filter(str.strip), answer=texts.filter(str.strip))
@@ -334,9 +371,6 @@ def test_a_template_that_cannot_show_the_document_is_an_error_of_one_line() -> N
     with pytest.raises(UserError, match=r"train\.template") as caught:
         render(plain("text"), side("mistral"), "chat")
     assert "\n" not in str(caught.value)
-    forgetful = side("smollm2")
-    forgetful.tokenizer = SimpleNamespace(
-        chat_template="x", apply_chat_template=lambda turns, **_: turns[-1]["content"]
-    )
+    forgetful = chat_side("{{ messages[-1]['content'] }}")
     with pytest.raises(UserError, match="leaves a segment out"):
         render(question("a", "b"), forgetful, "chat")

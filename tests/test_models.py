@@ -11,12 +11,15 @@ import torch
 import transformers
 from harness_setup import tokenizer
 from huggingface_hub import constants
+from lm_eval.api.instance import Instance
 from tiny_models import bpe_tokenizer, tiny_model
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from ctdbench.distill import models, references, saving
 from ctdbench.distill.models import Side
 from ctdbench.errors import PreflightError, UserError
+from ctdbench.evaluate.language_model import PinnedLM
 from ctdbench.spec import Lora, ModelSpec
 
 SMALL = {
@@ -99,6 +102,22 @@ def test_columns_past_the_vocabulary_are_cut_and_missing_ones_refused() -> None:
     Side.of(tiny_model(own), own)
     with pytest.raises(PreflightError, match="ids, its model only"):
         Side.of(tiny_model(own, vocab_size=len(own) - 1), own)
+
+
+def test_specials_past_the_columns_are_left_out() -> None:
+    """Gemma 3's text models have a tokenizer with a token for images, and no logit for it."""
+    own = bpe_tokenizer()
+    model = tiny_model(own, vocab_size=len(own))
+    own.add_tokens([AddedToken("<image>", special=True), AddedToken("<pad>", special=True)])
+    own.pad_token = "<pad>"
+    side = Side.of(model, own)
+    assert len(side.tokens.vocabulary) == len(own) - 2
+    assert side.specials.pad is None
+    asked = Instance("generate_until", {}, ("The fox", {"until": ["."]}), 0)
+    assert PinnedLM(model, own, batch_size=2).generate_until([asked], disable_tqdm=True)
+    own.eos_token = "<image>"
+    with pytest.raises(PreflightError, match="ids, its model only"):
+        Side.of(model, own)
 
 
 # --- training, merging, saving ---

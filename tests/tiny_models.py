@@ -52,6 +52,26 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def recurrent_model(kind: str, tokenizer: Any) -> Any:
+    """A random model of a published architecture with recurrent layers, some or all of them."""
+    import transformers
+
+    attention = {
+        "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64,
+    }  # fmt: skip
+    own = {
+        "Mamba": {},
+        "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "Lfm2": {"full_attn_idxs": [1]},
+    }[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id, **own, **(attention if own else {}),
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
 def tiny_model(tokenizer: Any, seed: int = 0, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = {

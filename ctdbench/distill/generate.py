@@ -18,6 +18,7 @@ import yaml
 
 from ctdbench import atomic
 from ctdbench.distill.references import PROMPTS
+from ctdbench.distill.rendering import chat_text
 from ctdbench.errors import UserError
 
 
@@ -108,7 +109,7 @@ def _render(tokenizer: Any, question: str) -> str:
     if tokenizer.chat_template is None:
         return f"{tokenizer.bos_token or ''}{question}\n"
     turn = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    return chat_text(tokenizer, turn, add_generation_prompt=True)
 
 
 def generate_corpus(

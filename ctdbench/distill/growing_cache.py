@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer}
 SPARE = 4  # room for a quarter more tokens than are there
 
 
@@ -22,15 +23,25 @@ def growing_cache(model: Any) -> dict[str, DynamicCache]:
 
     Layers that keep a window of tokens only stay transformers' own.
     """
-    if not model._supports_default_dynamic_cache():
+    if not is_attention(model):
         return {}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        return {}  # not all of its layers are attention
+    cache = _dynamic_cache(model)
     cache.layers = [GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
     return {"past_key_values": cache}
+
+
+def is_attention(model: Any) -> bool:
+    """Whether what a model has read is keys and values, and nothing else: no state of a recurrent
+    layer, whose cache cannot be cut or repeated, or goes by another name."""
+    if not model._supports_default_dynamic_cache():
+        return False
+    return {type(layer) for layer in _dynamic_cache(model).layers} <= ATTENTION
+
+
+def _dynamic_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 class GrowingLayer(DynamicLayer):

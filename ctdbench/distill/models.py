@@ -7,7 +7,7 @@ a minute; after that a `wheel:` reference loads like any folder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +158,23 @@ class Side:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Side:
-        """Raises PreflightError if the tokenizer has ids that the model has no logits for."""
-        tokens = TokenBytes(tokenizer)
+        """Raises PreflightError if the tokenizer has ids that the model has no logits for.
+
+        But for specials that no text needs: Gemma 3's tokenizer has one for images.
+        """
+        tokens, specials = TokenBytes(tokenizer), Specials.of(tokenizer)
         columns = model.get_output_embeddings().weight.shape[0]
-        if len(tokens.vocabulary) > columns:
+        needed = [
+            index for index in (specials.bos, specials.eos, specials.unk) if index is not None
+        ]
+        if any(tokens.vocabulary[columns:]) or max(needed, default=0) >= columns:
             raise PreflightError(
                 f"the tokenizer has {len(tokens.vocabulary)} ids, its model only {columns} logits",
                 "name the tokenizer that belongs to the model",
             )
-        return cls(model, tokenizer, tokens, Specials.of(tokenizer))
+        if specials.pad is not None and specials.pad >= columns:
+            specials = replace(specials, pad=None)
+        return cls(model, tokenizer, tokens.without_specials_from(columns), specials)
 
     @property
     def width(self) -> int:

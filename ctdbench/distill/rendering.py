@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,6 +27,10 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Template = Literal["plain", "chat"]
 Spelled = list[Encoding]  # the pieces of text of one document
+# Some templates (Llama 3.2's) print today's date, but runs must not depend on when they run. They
+# name this one for where there is no clock.
+DAY = datetime(2024, 7, 26)
+DATE_CODES = [*"aAbBcdDeFHIjmMpSTuwxXyY", "-d", "-m"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +151,22 @@ def rendered(document: Document, side: Side, template: Template) -> TokenColumns
     return renderer.columns([document], [spelled])
 
 
+def end_token(side: Side, template: Template) -> int | None:
+    """The id that ends a document: EOS, or what the side's chat template puts behind an answer.
+
+    None where there is neither; UserError where the template renders no question with its answer.
+    """
+    frame = _frame(side, template, Shape(("user", "assistant"), complete=True))
+    return int(frame.parts[-1].ids[-frame.tail]) if frame.tail else None
+
+
+def chat_text(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> str:
+    """Turns in the tokenizer's own chat template, to which it is always `DAY`."""
+    template = _undated(tokenizer.get_chat_template())
+    options |= {"chat_template": template, "tokenize": False}
+    return str(tokenizer.apply_chat_template(turns, **options))
+
+
 def supervised_spans(document: Document, template: Template) -> list[tuple[int, int]]:
     """Byte spans that are supervised: of the plain text, or of the segments joined by nothing."""
     if template == "plain":
@@ -201,15 +222,16 @@ def _joined(arrays: Sequence[IntArray]) -> IntArray:
 
 
 def _frame(side: Side, template: Template, shape: Shape) -> Frame:
-    bos, eos = side.specials.bos, side.specials.eos
+    bos, eos, vocabulary = side.specials.bos, side.specials.eos, side.tokens.vocabulary
     if template == "plain":
         after = [] if eos is None or not shape.complete else [eos]
         parts = [[] if bos is None else [bos], after]
     else:
         parts = [_ids(side, text) for text in _wrappers(side, shape.roles)]
     closing = parts[-1] if shape.complete else []
-    tail = 0 if eos is None or eos not in closing else len(closing) - closing.index(eos)
-    return Frame(tuple(map(_without_bytes, parts)), tail)
+    # A chat template may end turns by a special of its own, with EOS behind it or not at all.
+    ends = [at for at, token in enumerate(closing) if token == eos or not vocabulary[token]]
+    return Frame(tuple(map(_without_bytes, parts)), len(closing) - ends[0] if ends else 0)
 
 
 def _ids(side: Side, text: str) -> list[int]:
@@ -230,7 +252,7 @@ def _wrappers(side: Side, roles: tuple[str, ...]) -> list[str]:
     marks = [f"segment{index}marker" for index in range(len(roles))]
     turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
-        rest = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        rest = chat_text(tokenizer, turns)
     except TemplateError as error:
         raise _bad_template(roles, str(error)) from error
     wrappers = []
@@ -240,6 +262,15 @@ def _wrappers(side: Side, roles: tuple[str, ...]) -> list[str]:
             raise _bad_template(roles, "it leaves a segment out or moves it")
         wrappers.append(before)
     return [*wrappers, rest]
+
+
+def _undated(template: str) -> str:
+    """The template with a clock of its own: what transformers hands to it is no function."""
+    if "strftime_now" not in template:
+        return template
+    codes = [f"|replace('%{code}', '{DAY.strftime('%' + code)}')" for code in DATE_CODES]
+    macro = "{% macro strftime_now(format) %}{{ format" + "".join(codes) + " }}{% endmacro +%}"
+    return macro + template
 
 
 def _bad_template(roles: tuple[str, ...], reason: str) -> UserError:

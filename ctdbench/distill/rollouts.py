@@ -26,6 +26,7 @@ from ctdbench.distill.corpus import Document, Segment, cut
 from ctdbench.distill.decoding import Decoding, uniforms, write_tokens, writing
 from ctdbench.distill.examples import Template, render
 from ctdbench.distill.models import Side
+from ctdbench.distill.rendering import end_token
 from ctdbench.results import write_json_atomic, write_jsonl_atomic
 from ctdbench.text.token_bytes import NotLossless
 
@@ -231,14 +232,8 @@ def _chat(given: Document, side: Side) -> list[int]:
 
 
 def _ends(side: Side, template: Template) -> set[int]:
-    """Ids that end an answer: EOS, and the first special that a chat template puts after a turn."""
-    ends = set() if side.specials.eos is None else {side.specials.eos}
-    if template == "chat":
-        turns = Document((Segment("a", "user"), Segment("a", "assistant")))
-        sequence = render(turns, side, "chat")
-        after = sequence.ids[np.flatnonzero(sequence.is_text)[-1] + 1 :].tolist()
-        ends |= set([index for index in after if not side.tokens.vocabulary[index]][:1])
-    return ends
+    """Ids that end an answer: EOS, and what a chat template puts behind one."""
+    return {end for end in (side.specials.eos, end_token(side, template)) if end is not None}
 
 
 def _answer(text: str, given: Document) -> Segment:

@@ -22,6 +22,7 @@ from ctdbench.distill.batches import Batch
 from ctdbench.distill.corpus import Corpus
 from ctdbench.distill.models import Side
 from ctdbench.distill.precision import resolve
+from ctdbench.distill.rendering import Template, end_token
 from ctdbench.distill.step import Balance
 from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import Guide, Network
@@ -61,10 +62,12 @@ def guides(setting: Setting) -> list[Guide]:
     return [Guide(setting.teacher, setting.tables), *setting.others]
 
 
-def pair_tables(student: Side, teacher: Side) -> PairTables:
-    """The tables of two loaded sides."""
+def pair_tables(student: Side, teacher: Side, template: Template = "plain") -> PairTables:
+    """The tables of two loaded sides; the tokens that end their documents are a pair."""
     vocabularies = student.tokens.vocabulary, teacher.tokens.vocabulary
-    special_pairs = student.specials.pairs(teacher.specials)
+    own, taught = end_token(student, template), end_token(teacher, template)
+    ends = [] if own is None or taught is None else [(own, taught)]
+    special_pairs = list(dict.fromkeys([*ends, *student.specials.pairs(teacher.specials)]))
 
     def projection() -> Projection:
         return build_projection(
@@ -81,7 +84,7 @@ def pair_tables(student: Side, teacher: Side) -> PairTables:
         student_special=_special_ids(student),
         teacher_special=_special_ids(teacher),
         edit_mapping=cached_edit_map,
-        ends_first=None not in (student.specials.eos, teacher.specials.eos),
+        ends_first=bool(ends),
     )
 
 

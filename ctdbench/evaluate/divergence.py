@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ctdbench import ops
+from ctdbench.distill.growing_cache import is_attention
+from ctdbench.distill.models import hidden_states, logits
 from ctdbench.errors import UserError
 from ctdbench.evaluate.outcomes import sample_id
 from ctdbench.text.token_bytes import NotLossless, TokenBytes
@@ -93,20 +95,39 @@ class ByteModel:
     def _rows(self, token: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
         """Start of a block, its first row (one earlier, for the estimator), end, and [rows, V].
 
-        The model reads block after block over its key-value cache, so its own head does all that
-        it does before sampling (soft-capping, scaling), and only one block of logits is alive.
+        Only one block of logits is alive.
         """
         inputs = torch.cat([torch.tensor([self.start]), token[:-1]])[None].to(self.model.device)
-        cache, last = None, None
-        for start in range(0, len(token), ROWS):
-            end = min(start + ROWS, len(token))
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
-                out = self.model(inputs[:, start:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            rows = out.logits[0, :, : self.trie.size].float().softmax(-1)
+        read = self._over_cache if is_attention(self.model) else self._at_once
+        last, end = None, 0
+        for scores in read(inputs):
+            rows = scores[0, :, : self.trie.size].float().softmax(-1)
+            start, end = end, end + len(rows)
             joined = rows if last is None else torch.cat([last, rows])
             yield start, end - len(joined), end, joined
             last = rows[-1:]
+
+    def _over_cache(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Logits [1, rows, V] block after block, with all that the model's own forward does to them
+        before sampling (soft-capping, scaling)."""
+        cache = None
+        for block in inputs.split(ROWS, 1):
+            with self._autocast():
+                out = self.model(block, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            yield out.logits
+
+    def _at_once(self, inputs: Tensor) -> Iterator[Tensor]:
+        """The same of a model whose state cannot go from block to block: its body reads once."""
+        with self._autocast():
+            states = hidden_states(self.model, inputs, torch.ones_like(inputs))
+        for block in states[0].split(ROWS):
+            with self._autocast():
+                scores = logits(self.model, block, self.trie.size)
+            yield scores[None]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
 def teacher_divergence(

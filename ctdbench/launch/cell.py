@@ -105,7 +105,7 @@ def _compute(cell: Cell, accelerator: Accelerator, *, progress: bool) -> results
     spec, pair = cell.spec, LoadedPair(cell.spec, accelerator.device)
     method = create(spec.method, spec.options)
     for teacher in pair.teachers:
-        method.check(pair_tables(pair.student, teacher))
+        method.check(pair_tables(pair.student, teacher, spec.train.template))
     if spec.train.keep_model:
         check_savable(pair.student)
     if method.needs.text != "teacher":
@@ -258,7 +258,7 @@ class Cell:
     def _guide(self, pair: LoadedPair, index: int, precision: str) -> Guide:
         """The teacher at `index` with its tables."""
         side, stated = pair.teachers[index], self.spec.pair.teachers[index]
-        tables = pair_tables(pair.student, side)
+        tables = pair_tables(pair.student, side, self.spec.train.template)
         drawn = {name: value for name, value in stated.identity().items() if name != "weight"}
         identity = json.dumps(
             [self.content[teacher_name(index)], ENGINE_VERSION, drawn], sort_keys=True

@@ -23,6 +23,7 @@ from ctdbench.launch.estimate import Estimate, conversions, estimate
 from ctdbench.spec import PairSpec, RunSpec, format_bytes
 
 if TYPE_CHECKING:
+    from ctdbench.distill.rendering import Template
     from ctdbench.method import Method, PairTables
 
 Check = Callable[[], object]  # raises UserError for what is wrong
@@ -53,15 +54,16 @@ def unfit(specs: Sequence[RunSpec]) -> list[tuple[RunSpec, UserError]]:
     """
     from ctdbench.method import Method
 
-    built: dict[PairSpec, list[PairTables]] = {}
+    built: dict[tuple[PairSpec, Template], list[PairTables]] = {}
     found = []
     for spec in specs:
         method = _method(spec)
         if type(method).check is Method.check:  # any pair will do
             continue
-        if spec.pair not in built:
-            built[spec.pair] = _tables(spec.pair)
-        for error in _complaints(partial(method.check, tables) for tables in built[spec.pair]):
+        key = (spec.pair, spec.train.template)
+        if key not in built:
+            built[key] = _tables(*key)
+        for error in _complaints(partial(method.check, tables) for tables in built[key]):
             told = UserError(f"{spec.method} on {spec.pair.name}: {error.message}", error.hint)
             found.append((spec, told))
     return found
@@ -126,12 +128,12 @@ def _valid(spec: RunSpec, texts: Texts) -> None:
     cell.check(spec, texts[key])
 
 
-def _tables(pair: PairSpec) -> list[PairTables]:
+def _tables(pair: PairSpec, template: Template) -> list[PairTables]:
     from ctdbench.distill.inspection import tokenizer_sides
     from ctdbench.distill.setting import pair_tables
 
     student, *teachers = tokenizer_sides(pair)
-    return [pair_tables(student, teacher) for teacher in teachers]
+    return [pair_tables(student, teacher, template) for teacher in teachers]
 
 
 def _enough(specs: Sequence[RunSpec], store: Path, jobs: int, texts: Texts) -> Iterator[Check]:

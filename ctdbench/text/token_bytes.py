@@ -7,6 +7,7 @@ if the bytes of its tokens, joined, are the document's.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -80,6 +81,12 @@ class TokenBytes:
     def __reduce__(self) -> tuple[type[TokenBytes], tuple[Any]]:
         """A pickled tokenizer forgets how it treats special tokens, so it is set up anew."""
         return TokenBytes, (self._backend,)
+
+    def without_specials_from(self, size: int) -> TokenBytes:
+        """The same without ids from `size` on, none of which stands for text."""
+        cut = copy.copy(self)
+        cut.vocabulary = self.vocabulary[:size]
+        return cut
 
     def encode(self, text: str | bytes) -> Encoding:
         """Tokenize one document, with no BOS or EOS.

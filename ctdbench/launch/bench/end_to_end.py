@@ -209,7 +209,7 @@ def method_step(stage: Stage, spec: RunSpec, name: str) -> Candidate:
 def _guides(spec: RunSpec, loaded: LoadedPair, precision: str) -> Iterator[Guide]:
     stated = zip(spec.pair.teachers, loaded.teachers, strict=True)
     for number, (teacher, side) in enumerate(stated, 1):
-        tables = pair_tables(loaded.student, side)
+        tables = pair_tables(loaded.student, side, spec.train.template)
         content = references.content(references.parse(teacher.model))
         identity = json.dumps(["bench", content, teacher.identity()])
         live = Teacher(side, tables.teacher_trie, precision, identity)
