@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from ctdbench import results
 from ctdbench.cli import app
-from ctdbench.distill import saving
 from ctdbench.distill.licences import licence
 from ctdbench.distill.references import parse
+from ctdbench.distill.tokenizers import PROBE
 from ctdbench.evaluate.task_files import task_dir
 from ctdbench.launch import card
 from ctdbench.spec import ModelSpec, RunSpec
@@ -106,7 +106,7 @@ def test_transformers_reads_an_ordinary_model(exported: Path, place: Path) -> No
     assert not [name for name in model.state_dict() if "lora" in name]
     assert model.config.vocab_size == len(model.lm_head.weight) == len(tokenizer)
     own = AutoTokenizer.from_pretrained(place / "student")
-    assert tokenizer.encode(saving.PROBE) == own.encode(saving.PROBE)
+    assert tokenizer.encode(PROBE) == own.encode(PROBE)
     assert model.generation_config.repetition_penalty in (None, 1.0)  # as it was evaluated
     trained = AutoModelForCausalLM.from_pretrained(place / "student").state_dict()
     merged = model.model.layers[0].self_attn.q_proj.weight

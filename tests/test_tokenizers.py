@@ -34,7 +34,8 @@ from wheel_tokenizers import (
     wheel_tokenizer,
 )
 
-from ctdbench.distill.tokenizers import build_tokenizer, byte_tokenizer
+from ctdbench.distill.models import load_tokenizer
+from ctdbench.distill.tokenizers import Specials, build_tokenizer, byte_tokenizer
 from ctdbench.errors import UserError
 from ctdbench.text.token_bytes import TokenBytes
 
@@ -196,6 +197,26 @@ def test_save_and_reload_keep_the_ids(name: str, tmp_path: Path) -> None:
     assert len(again) == len(tokenizer)
     saved = (tmp_path / "tokenizer_config.json").read_text()
     assert "site-packages" not in saved  # no path of this machine travels along
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "model"),
+    [("mistral", "LlamaTokenizer", "llama"), ("llama3", "PreTrainedTokenizerFast", "qwen2")],
+)
+def test_the_file_holds_where_transformers_class_reads_it_otherwise(
+    name: str, stated: str, model: str, tmp_path: Path
+) -> None:
+    own = wheel_tokenizer(name)
+    own.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": stated}))
+    text = f" {AWKWARD[0]} I'LL 12345"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids != own(text).input_ids
+    again = load_tokenizer(f"dir:{tmp_path}")
+    assert again(text).input_ids == own(text).input_ids
+    assert Specials.of(again) == Specials.of(own)
+    assert again.chat_template == own.chat_template
 
 
 def test_mistral_chat_is_that_of_mistral_common() -> None:

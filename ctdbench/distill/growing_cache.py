@@ -33,8 +33,10 @@ def growing_cache(model: Any) -> dict[str, DynamicCache]:
 
 
 def is_attention(model: Any) -> bool:
-    """Whether what a model has read is keys and values, and nothing else: no state of a recurrent
-    layer, whose cache cannot be cut or repeated, or goes by another name."""
+    """Whether what a model has read is keys and values alone, and no state of recurrent layers.
+
+    Their caches cannot be repeated for several rows, or go by another name.
+    """
     if not model._supports_default_dynamic_cache():
         return False
     return {type(layer) for layer in _dynamic_cache(model).layers} <= ATTENTION

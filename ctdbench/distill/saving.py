@@ -7,10 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ctdbench.distill.models import Side, base_model, merged
+from ctdbench.distill.tokenizers import PROBE, probe_ids
 from ctdbench.distill.transplant import has_subwords
 from ctdbench.errors import UserError
-
-PROBE = " Two  spaces,\n\ttabs; 1234567 + 3.5 = naïve Häuschen — 我们应选择 👍🏽 don't I'LL\n\n"
 
 
 def save(side: Side, folder: Path) -> None:
@@ -49,10 +48,7 @@ def _reads_alike(tokenizer: Any, folder: str) -> bool:
 
     bos = tokenizer.bos_token_id
     again = AutoTokenizer.from_pretrained(folder, add_bos_token=bos is not None)
-    ids, other_ids = (
-        one.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
-        for one in (tokenizer, again)
-    )
+    ids, other_ids = (probe_ids(one.backend_tokenizer) for one in (tokenizer, again))
     return (
         ids == other_ids
         and tokenizer.get_vocab() == again.get_vocab()

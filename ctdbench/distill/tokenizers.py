@@ -29,6 +29,8 @@ SUPPORTED = (
     "supported: GGUF (SmolLM2, Gemma), Mistral SentencePiece, tekken.json, "
     "Llama 3 tokenizer.model, qwen.tiktoken"
 )
+# What tokenizers disagree about: spaces in front, digits, accents, emoji, apostrophes, line ends.
+PROBE = " Two  spaces,\n\ttabs; 1234567 + 3.5 = naïve Häuschen — 我们应选择 👍🏽 don't I'LL\n\n"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Mistral 7B Instruct v0.2 and v0.3. It reads "[INST] text[/INST]" in the papers; the space is the
@@ -92,6 +94,17 @@ def build_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if _is_tiktoken_line(head.split(b"\n")[0]):
         return _from_tiktoken(path)
     raise UserError(f"{path} is not a tokenizer file that is known here", SUPPORTED)
+
+
+def probe_ids(backend: Tokenizer) -> list[int]:
+    """The ids of `PROBE`, without BOS and EOS."""
+    ids: list[int] = backend.encode(PROBE, add_special_tokens=False).ids
+    return ids
+
+
+def spell_alike(tokenizer: Any, path: Path) -> bool:
+    """Whether a fast tokenizer cuts a text as the file tokenizer.json at `path`."""
+    return probe_ids(tokenizer.backend_tokenizer) == probe_ids(Tokenizer.from_file(str(path)))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ctdbench import ops
-from ctdbench.distill.growing_cache import is_attention
-from ctdbench.distill.models import hidden_states, logits
 from ctdbench.errors import UserError
+from ctdbench.evaluate.ensemble import reads_on
 from ctdbench.evaluate.outcomes import sample_id
 from ctdbench.text.token_bytes import NotLossless, TokenBytes
 from ctdbench.text.vocabulary import ByteTrie
@@ -95,10 +94,11 @@ class ByteModel:
     def _rows(self, token: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
         """Start of a block, its first row (one earlier, for the estimator), end, and [rows, V].
 
-        Only one block of logits is alive.
+        The model's own head does all that it does before sampling (soft-capping, scaling), and only
+        one block of logits is alive where the model can read on from a cache.
         """
         inputs = torch.cat([torch.tensor([self.start]), token[:-1]])[None].to(self.model.device)
-        read = self._over_cache if is_attention(self.model) else self._at_once
+        read = self._over_cache if reads_on(self.model) else self._at_once
         last, end = None, 0
         for scores in read(inputs):
             rows = scores[0, :, : self.trie.size].float().softmax(-1)
@@ -108,8 +108,7 @@ class ByteModel:
             last = rows[-1:]
 
     def _over_cache(self, inputs: Tensor) -> Iterator[Tensor]:
-        """Logits [1, rows, V] block after block, with all that the model's own forward does to them
-        before sampling (soft-capping, scaling)."""
+        """The logits [1, rows, V] of its own forward, block after block."""
         cache = None
         for block in inputs.split(ROWS, 1):
             with self._autocast():
@@ -118,13 +117,10 @@ class ByteModel:
             yield out.logits
 
     def _at_once(self, inputs: Tensor) -> Iterator[Tensor]:
-        """The same of a model whose state cannot go from block to block: its body reads once."""
+        """The same of a model whose state cannot go from block to block."""
         with self._autocast():
-            states = hidden_states(self.model, inputs, torch.ones_like(inputs))
-        for block in states[0].split(ROWS):
-            with self._autocast():
-                scores = logits(self.model, block, self.trie.size)
-            yield scores[None]
+            out = self.model(inputs, use_cache=False)
+        yield from out.logits.split(ROWS, 1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)

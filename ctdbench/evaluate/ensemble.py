@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ctdbench.distill.growing_cache import is_attention
 from ctdbench.errors import UserError
 
 Average = Literal["probabilities", "log-probabilities"]
@@ -87,6 +88,12 @@ class Ensemble(PreTrainedModel, GenerationMixin):
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Members were loaded as they are."""
+
+
+def reads_on(model: Any) -> bool:
+    """Whether a model, or all of an ensemble's, can go on from a cache, in several rows as well."""
+    members = model.members if isinstance(model, Ensemble) else [model]
+    return all(map(is_attention, members))
 
 
 class MemberCaches(Cache):

@@ -30,8 +30,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ctdbench.distill.growing_cache import growing_cache, is_attention
+from ctdbench.distill.growing_cache import growing_cache
 from ctdbench.errors import RunError
+from ctdbench.evaluate.ensemble import reads_on
 
 BYTES_PER_TOKEN = 4.0  # what `max_gen_toks` in a task file counts on
 DEFAULT_GENERATED_TOKENS = 256
@@ -62,7 +63,7 @@ class PinnedLM(HFLM):
             batch_size=batch_size,
             mixed_precision_dtype=torch.bfloat16 if bfloat16 else None,
         )
-        if self.tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+        if self.tokenizer.pad_token_id >= model.get_output_embeddings().weight.shape[0]:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # masked, but it is looked up
         self._columns = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.max_gen_toks_given: int | None = None  # to the last answer generated
@@ -155,7 +156,7 @@ class PinnedLM(HFLM):
         for index, (_, context, _) in enumerate(requests):
             alike[tuple(context)].append(index)
         jobs, single = [], []
-        shares = is_attention(self.model)
+        shares = reads_on(self.model)
         for prefix, indices in alike.items():
             fits = max(len(rows[index][0]) for index in indices) <= self.max_length + 1
             if shares and len(indices) > 1 and len(prefix) >= SHARED_CONTEXT and fits:
