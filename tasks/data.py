@@ -92,7 +92,7 @@ def agieval_row(row: Row) -> Row:
 
 
 def _splits(source: Mapping[str, Any], to_hub_row: Callable[[Row], Row]) -> Splits:
-    if source.get("data_dir") is None:
+    if source.get("data_dir") is None or not source.get("files"):
         pinned = commit(source["hub"], source.get("revision"))
         return dict(load_dataset(source["hub"], source.get("config"), revision=pinned))
     folder = Path(source["data_dir"])

@@ -82,6 +82,19 @@ def test_a_task_may_pin_its_revision(cached: Cached, tmp_path: Path) -> None:
     assert found == {"main": {"me/mine": OLD}, "v1": {"me/mine": TAGGED}, NEW: {}}
 
 
+def test_a_task_without_files_is_of_the_hub_whatever_folder_is_given(
+    cached: Cached, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN.format(revision="main"))
+    found = set()
+    for commit in (OLD, NEW):
+        cached("me/mine", commit)
+        assert hub_data.commits("own", task_configs([path]), tmp_path) == {"me/mine": commit}
+        found.add(task_content(["own"], tmp_path, [path])["own"])
+    assert len(found) == 2
+
+
 def test_what_is_read_and_recorded_is_that_commit(
     cached: Cached, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 from ctdbench import report, request
 from ctdbench.cli import app
 from ctdbench.errors import UserError
-from ctdbench.evaluate import EvaluationRequest, check_tasks, evaluate, task_content, task_texts
+from ctdbench.evaluate import (
+    EvaluationRequest,
+    check_tasks,
+    evaluate,
+    overlap,
+    task_content,
+    task_texts,
+)
 from ctdbench.evaluate.task_files import CORPUS_METRICS, task_dir
 from ctdbench.launch import grid
 
@@ -104,6 +111,16 @@ class TestIdentity:
     def test_it_leaves_the_other_tasks_alone(self) -> None:
         own = Path("here/capitals.yaml")
         assert task_content(["piqa"], None, [own]) == task_content(["piqa"])
+
+
+def test_texts_at_any_depth_are_looked_for_in_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ARC's choices are {"text": [..], "label": [..]}."""
+    choices = {"text": ["sand", "stone"], "label": ["A", "B"]}
+    rows = [{"question": "What is hard?", "choices": choices, "turns": [{"text": "Well."}], "n": 1}]
+    monkeypatch.setattr(overlap, "task_rows", lambda *_: rows)
+    assert task_texts("any") == ["What is hard?\nsand\nstone\nA\nB\nWell."]
 
 
 def test_it_is_evaluated_and_looked_for_in_the_corpus(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from harness_setup import batch_of, documents, examples, llama_side, teacher_of
 from tiny_models import tiny_model
+from tokenizers import pre_tokenizers
 from wheel_tokenizers import wheel_tokenizer
 
 from ctdbench import ops
@@ -149,6 +151,25 @@ def test_the_beam_is_given_the_space_that_a_tokenizer_puts_before_a_text() -> No
             expected[text[1]] += begins[token]
         expected[text[0] if text else 256] += begins[space] * follows[token]
     torch.testing.assert_close(first, expected / expected.sum(), rtol=1e-3, atol=1e-3)  # pruned
+
+
+def test_a_text_with_a_space_of_its_own_gets_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a tokenizer that puts one only before texts without."""
+    tokenizer = copy.deepcopy(wheel_tokenizer("mistral"))
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    taught = teacher_of(Side.of(tiny_model(tokenizer), tokenizer))
+    read = []
+
+    def beam(model: Any, trie: Any, texts: list[bytes], *_: Any, **__: Any) -> list[torch.Tensor]:
+        read.extend(texts)
+        return [torch.arange(len(text))[:, None] for text in texts]
+
+    monkeypatch.setattr(teacher, "beam_distributions", beam)
+    rows = taught._new_beam([b"word", b" word"])
+    assert read == [b" word", b" word"]
+    assert [one[:, 0].tolist() for one in rows] == [[1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
 def test_a_beam_without_bos_is_an_error_of_one_line() -> None:

@@ -109,6 +109,18 @@ def test_a_lone_dummy_prefix_is_no_source() -> None:
     assert spelled == [b"f", b"o"]
 
 
+def test_tokens_are_cut_as_within_a_text() -> None:
+    """Not with the space that a SentencePiece tokenizer puts before a text."""
+    old, new = (TokenBytes(wheel_tokenizer(name)) for name in ("mistral", "smollm2"))
+    cut = 0
+    sources = transfer_sources(wheel_tokenizer("mistral"), wheel_tokenizer("smollm2"))
+    for token, found in zip(new.vocabulary, sources, strict=True):
+        if token:
+            assert b"".join(old.vocabulary[index] for index in found) == token
+            cut += len(found) > 1
+    assert cut > 20_000
+
+
 def test_specials_map_by_role_and_what_is_not_found_is_the_mean() -> None:
     old, new = tokenizer("teacher"), bpe_tokenizer()
     new.add_special_tokens({"additional_special_tokens": ["<tool>"], "pad_token": "<eos>"})

@@ -106,7 +106,7 @@ class Teacher:
 
     def _beam(self, texts: Sequence[bytes]) -> list[Tensor]:
         """The paper's beam for every document, computed once and cached by content."""
-        keys = [b"\0".join([b"beam-2", self.identity.encode(), text]) for text in texts]
+        keys = [b"\0".join([b"beam-3", self.identity.encode(), text]) for text in texts]
         names = [f"{hashlib.sha256(key).hexdigest()}.safetensors" for key in keys]
         paths = [cache_dir() / "beam" / name for name in names]
         missing = {
@@ -125,14 +125,14 @@ class Teacher:
                 "method.bytes: beam needs a teacher whose tokenizer has a BOS token",
                 "use method.bytes=mixed",
             )
-        lead = b" " if self.side.tokens.puts_a_space() else b""  # given, so its own row is dropped
-
-        def ids(text: bytes) -> list[int]:
-            found: list[int] = self.side.tokens.encode(text[len(lead) :]).ids.tolist()
-            return found
-
-        read = [lead + text for text in texts]
+        tokens, vocabulary = self.side.tokens, self.side.tokens.vocabulary
+        own = [tokens.encode(text).ids.tolist() for text in texts]
+        # With the space that a tokenizer may put in front: it is given, so its own row is dropped.
+        read = [b"".join(vocabulary[index] for index in ids) for ids in own]
+        known = dict(zip(read, own, strict=True)).__getitem__
         parts = (read[i : i + BEAMS_AT_A_TIME] for i in range(0, len(read), BEAMS_AT_A_TIME))
         model, trie = self.side.model, self.trie
-        found = (beam_distributions(model, trie, part, [bos], encode=ids) for part in parts)
-        return [rows[len(lead) :].contiguous() for part in found for rows in part]
+        found = (beam_distributions(model, trie, part, [bos], encode=known) for part in parts)
+        rows = (one for part in found for one in part)
+        pairs = zip(rows, texts, strict=True)
+        return [one[len(one) - len(text) :].contiguous() for one, text in pairs]

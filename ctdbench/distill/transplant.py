@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ctdbench.distill.tokenizers import Specials
 from ctdbench.errors import UserError
-from ctdbench.text.token_bytes import NotLossless, TokenBytes
+from ctdbench.text.projection import cut_tokens, encoder
+from ctdbench.text.token_bytes import TokenBytes
 from ctdbench.text.vocabulary import ByteTrie, emitted, ids_by_bytes
 
 Start = Literal["fvt", "first_byte"]
@@ -80,6 +81,7 @@ def transfer_sources(
     roles = Specials.of(new_tokenizer).pairs(Specials.of(old_tokenizer))
     by_role = dict(reversed(roles))  # where one token has two roles, its first one holds
     sources: list[list[int]] = []
+    uncut = []
     for index, token in enumerate(vocabulary):
         if not token:
             sources.append([by_role[index]] if index in by_role else [])
@@ -88,7 +90,11 @@ def transfer_sources(
         elif token in known:
             sources.append([known[token]])
         else:
-            sources.append(_old_tokenization(old, known, token))
+            uncut.append(index)
+            sources.append([])
+    cuts = _old_tokenizations(old, [vocabulary[index] for index in uncut])
+    for index, cut in zip(uncut, cuts, strict=True):
+        sources[index] = cut
     return sources
 
 
@@ -104,24 +110,11 @@ class _Beginnings:
         return [int(index) for index in self.ids[low:high]]
 
 
-def _old_tokenization(old: TokenBytes, known: dict[bytes, int], token: bytes) -> list[int]:
-    try:
-        encoding = old.encode(token)
-    except NotLossless:  # a part of a character: the longest old tokens that spell it
-        return _longest_matches(known, token)
-    spelled = encoding.byte_end > encoding.byte_start  # SentencePiece's lone prefix spells nothing
-    return [int(index) for index in encoding.ids[spelled]]
-
-
-def _longest_matches(known: dict[bytes, int], token: bytes) -> list[int]:
-    ids: list[int] = []
-    while token:
-        length = next((n for n in range(len(token), 0, -1) if token[:n] in known), 0)
-        if length == 0:
-            return []
-        ids.append(known[token[:length]])
-        token = token[length:]
-    return ids
+def _old_tokenizations(old: TokenBytes, tokens: Sequence[bytes]) -> list[list[int]]:
+    """The old ids that spell each token as they would within a text; none where nothing does."""
+    longest = max(map(len, tokens), default=0)
+    cuts = cut_tokens(tokens, old.vocabulary, encoder(old), longest)
+    return [row[row >= 0].tolist() for row in cuts]
 
 
 def _averages(table: Tensor, sources: list[list[int]]) -> Tensor:

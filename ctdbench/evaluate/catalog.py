@@ -148,8 +148,8 @@ def task_content(
                 state.update((folder / file).read_bytes())
             for path in local_data(leaf):
                 state.update(path.read_bytes())
-        if data_dir is None and name in configs:
-            state.update("".join(commits(name, configs).values()).encode())
+        if name in configs:
+            state.update("".join(commits(name, configs, data_dir).values()).encode())
         if files.get(name) in extra:
             for path in code_files(files[name]):
                 state.update(path.read_bytes())

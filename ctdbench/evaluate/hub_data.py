@@ -12,13 +12,18 @@ HUB_TIMEOUT_SECONDS = 5
 CARD = "README.md"
 
 
-def commits(task: str, configs: Mapping[str, Config]) -> dict[str, str]:
-    """Data set on the hub -> its commit, of those that a task names; unknown ones are left out."""
+def commits(
+    task: str, configs: Mapping[str, Config], data_dir: Path | None = None
+) -> dict[str, str]:
+    """Data set on the hub -> its commit, of those that a task reads; unknown ones are left out.
+
+    From `data_dir` come the tasks that declare files, and no others.
+    """
     metadata = [leaf.get("metadata") or {} for leaf in leaf_configs(task, configs)]
     found = {
         data["hub"]: commit(data["hub"], data.get("revision"))
         for data in metadata
-        if data.get("hub")
+        if data.get("hub") and (data_dir is None or not data.get("files"))
     }
     return {name: sha for name, sha in found.items() if sha is not None}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,13 @@ def task_texts(
     items of the text that it reads; those of held-out documents (`bpb_heldout`) are none: [].
     """
     read = WITHOUT_FILE.get(task, task)
-    return [_text(row) for row in task_rows(read, data_dir, extra_tasks)]
+    return ["\n".join(_texts(row)) for row in task_rows(read, data_dir, extra_tasks)]
 
 
-def _text(row: dict[str, Any]) -> str:
-    parts: list[str] = []
-    for value in row.values():
-        parts += [
-            part
-            for part in (value if isinstance(value, list) else [value])
-            if isinstance(part, str)
-        ]
-    return "\n".join(parts)
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of a row, at any depth: choices may be {"text": [..], "label": [..]}."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)

@@ -169,7 +169,7 @@ def _run_task(
         output = run_lm_eval(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     configs = task_configs(request.extra_tasks)
     config = configs[info.name]
-    read = {} if request.data_dir is not None else commits(info.name, configs)
+    read = commits(info.name, configs, request.data_dir)
     own = config.get("metadata") or {}
     by_leaf = {
         name.removeprefix(f"{info.name}::"): outcomes.collect(logged, own.get("weight") == "bytes")
