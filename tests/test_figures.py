@@ -121,6 +121,19 @@ def test_curves_are_bits_per_byte(tmp_path: Path) -> None:
     assert "running mean over 5%" in axes.get_ylabel()
 
 
+def test_names_of_two_lines_cover_nothing(tmp_path: Path) -> None:
+    names = [
+        f"{name} learning_rate=0.0001" for name in ("gold (off-policy)", "bld[mixed]", "alm+ce")
+    ]
+    table = table_of([row(name, {BPB: 1.0}) for name in names])
+    figure = drawn(figures.FIGURES["curves"](table, logs(tmp_path, table)))
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    axes, *_ = drawn(figures.FIGURES["scores"](table, {})).axes
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_points_lead_from_the_start_to_the_score(tmp_path: Path) -> None:
     rows = [row("start", {BPB: 3.0}, seeds=1), row("sft", {BPB: 1.0}), row("bld", {BPB: 0.5})]
     table = table_of(rows, [BPB, ACC])

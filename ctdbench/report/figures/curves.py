@@ -22,7 +22,8 @@ from ctdbench.spec import format_bytes
 Array = NDArray[np.float64]
 WINDOW = 0.05  # of all text: what the running mean is over
 POINTS = 200
-INSIDE = 6  # curves at most whose legend has room inside the axes
+ABOVE = 6  # curves at most whose legend stands above the axes, not beside them
+LINE = 0.11  # inches a line of the legend
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def curves(table: Table, folders: Mapping[str, Path]) -> Figure | str:
     drawn = {label: curve for label, curve in found.items() if curve is not None}
     if not drawn:
         return "no row has a log of its cross-entropy (metrics.jsonl)"
-    figure = Figure(
-        (style.COLUMN, 2.4) if len(drawn) <= INSIDE else (style.PAGE, 3.0), layout="constrained"
-    )
+    lines = sum(style.wrap(label, style.LABEL).count("\n") + 1.4 for label in drawn)
+    narrow = style.COLUMN, 2.2 + LINE * lines
+    figure = Figure(narrow if len(drawn) <= ABOVE else (style.PAGE, 3.0), layout="constrained")
     figure.set_label(f"Learning curves, {table.title}")
     _draw(figure, drawn, style.marks(table))
     style.note(figure, _remarks(drawn, [label for label in found if label not in drawn]))
@@ -60,13 +61,13 @@ def _draw(figure: Figure, drawn: Mapping[str, Curve], marks: Mapping[str, style.
     axes.set_xlabel("text seen")
     axes.set_ylabel(f"bits per byte of training text\n(running mean over {WINDOW:.0%} of the text)")
     axes.grid()
-    where = (axes, "upper right") if len(drawn) <= INSIDE else (figure, "outside right upper")
-    style.legend(where[0], axes.get_lines(), loc=where[1], handlelength=3.5)
+    where = "outside upper right" if len(drawn) <= ABOVE else "outside right upper"
+    style.legend(figure, axes.get_lines(), loc=where, handlelength=3.5)
 
 
 def _lines(axes: Axes, drawn: Mapping[str, Curve], marks: Mapping[str, style.Mark]) -> None:
     """Highest end first, so that the legend names them from top to bottom."""
-    shade = 0.15 if len(drawn) <= INSIDE else 0.07
+    shade = 0.15 if len(drawn) <= ABOVE else 0.07
     for number, label in enumerate(sorted(drawn, key=lambda n: -drawn[n].bits[:, -1].mean())):
         curve, mark = drawn[label], marks[label]
         every = (number * POINTS // (5 * len(drawn)), POINTS // 5)

@@ -24,7 +24,7 @@ def scores(table: Table, folders: Mapping[str, Path]) -> Figure | str:
     if not table.columns:
         return "no task has a score"
     labels = [style.wrap(row.label, style.LABEL) for row in table.rows]
-    height = LINE * sum(label.count("\n") + 1.4 for label in labels)
+    height = LINE * len(labels) * (max(label.count("\n") for label in labels) + 1.4)
     figure, panels = style.panels(len(table.columns), ACROSS, height + 0.6, extra=0.25, sharey=True)
     figure.set_label(f"Scores with 95 % intervals, {table.title}")
     marks = style.marks(table)

@@ -205,9 +205,9 @@ def text_width(text: str, size: float = SMALL) -> float:
     return float(width) / 72
 
 
-def legend(owner: Axes | Figure, handles: Sequence[Any], **look: Any) -> None:
+def legend(figure: Figure, handles: Sequence[Any], **look: Any) -> None:
     """A legend of the rows of these artists, long labels broken."""
-    owner.legend(handles, [wrap(handle.get_label(), LABEL) for handle in handles], **look)
+    figure.legend(handles, [wrap(handle.get_label(), LABEL) for handle in handles], **look)
 
 
 def listed(names: Sequence[str]) -> str:
