@@ -122,9 +122,8 @@ def test_curves_are_bits_per_byte(tmp_path: Path) -> None:
 
 
 def test_names_of_two_lines_cover_nothing(tmp_path: Path) -> None:
-    names = [
-        f"{name} learning_rate=0.0001" for name in ("gold (off-policy)", "bld[mixed]", "alm+ce")
-    ]
+    long = [f"{name} learning_rate=0.0001" for name in ("gold (off-policy)", "bld[mixed]")]
+    names = ["sft", "alm", "uld", *long]
     table = table_of([row(name, {BPB: 1.0}) for name in names])
     figure = drawn(figures.FIGURES["curves"](table, logs(tmp_path, table)))
     (axes,), (legend,) = figure.axes, figure.legends
