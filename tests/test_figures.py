@@ -230,6 +230,15 @@ def test_cost_steps_through_the_front() -> None:
         assert {text.get_text() for text in axes.texts} == {"sft", "bld", "gold"}
 
 
+def test_cost_names_the_front_by_one_word_where_that_tells_rows_apart() -> None:
+    values = {"sft": (60, 1.2), "uld learning_rate=1e-4": (120, 1.1)}
+    values |= {"bld k=1": (300, 1.0), "bld k=2": (540, 0.9)}
+    rows = [row(label, {BPB: score}, seconds=seconds) for label, (seconds, score) in values.items()]
+    figure = drawn(figures.FIGURES["cost"](table_of(rows, [BPB]), {}))
+    named = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(named) == ["bld k=1", "bld k=2", "sft", "uld"]
+
+
 def test_cost_takes_a_log_axis_for_a_wide_span_and_one_kind_of_device() -> None:
     rows = [
         row("sft", {BPB: 1.0}, seconds=3600, device="GPU"),

@@ -142,8 +142,13 @@ def _draw_front(axes: Axes, front: list[tuple[float, float]]) -> None:
 
 
 def _label_front(axes: Axes, rows: list[Row], column: Column, costs: Mapping[str, float]) -> None:
+    """By the first word of a row's name if no other row has it: the legend has the rest."""
     points = _points(rows, column, costs)
-    place(axes, points, pareto_front(points, column.lower_is_better))
+    first = {label: label.partition(" ")[0] for label in costs}
+    used = Counter(first.values())
+    names = {label: word if used[word] == 1 else label for label, word in first.items()}
+    front = [names[label] for label in pareto_front(points, column.lower_is_better)]
+    place(axes, {names[label]: point for label, point in points.items()}, front)
 
 
 def _remarks(table: Table, rows: list[Row]) -> Iterator[str]:
