@@ -34,6 +34,8 @@ def row_label(spec: Mapping[str, Any], known: Mapping[str, MethodInfo]) -> str:
     if info and info.meta.get("on_policy"):  # as published; the row says what was done here
         share = chosen.pop("on_policy")
         name += f" (on-policy {share:g})" if share else " (off-policy)"
+    if chosen["learning_rate"] == spec["pair"].get("learning_rate"):  # what no choice means, too
+        del chosen["learning_rate"]
     return name + "".join(
         f" {field}={value}" for field, value in chosen.items() if value != DEFAULTS[field]
     )

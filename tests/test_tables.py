@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from example_results import example, store_example
 
-from ctdbench import report, results
+from ctdbench import registry, report, results
 from ctdbench.errors import UserError
 from ctdbench.report import Column, Score, Table, outcomes, statistics
 from ctdbench.report.pairing import Outcomes, compare, estimate
@@ -87,6 +87,13 @@ def test_rows_of_one_method_are_told_apart_by_what_differs() -> None:
     assert labels == {"uld alignment=positions", "uld alignment=chunks", "bld learning_rate=0.0003"}
 
 
+def test_the_pairs_own_learning_rate_is_no_choice() -> None:
+    own = registry.load_pair("smol-mistral").learning_rate
+    cells = [example("bld", bpb(1.2), seed=seed, learning_rate=own) for seed in (1, 2)]
+    (row,) = only([example("bld", bpb(1.2)), *cells]).rows
+    assert (row.label, row.seeds) == ("bld", (0, 1, 2))
+
+
 def test_what_auto_made_of_the_precision_tells_rows_apart_and_is_said() -> None:
     cells = [example("bld", bpb(1.0 + seed), seed=seed) for seed in range(3)]
     for cell, precision in zip(cells, ("bfloat16", "float32", "float32"), strict=True):
@@ -105,9 +112,9 @@ def test_what_auto_made_of_the_precision_tells_rows_apart_and_is_said() -> None:
 
 def test_differences_are_from_the_sft_row_of_most_seeds() -> None:
     text = {"corpus": "gsm8k"}
-    tuned = [example("sft", bpb(1.0), seed=seed, learning_rate=1e-4, **text) for seed in range(3)]
+    tuned = [example("sft", bpb(1.0), seed=seed, learning_rate=3e-4, **text) for seed in range(3)]
     plain = example("sft", bpb(1.0), **text)
-    assert only([plain, *tuned]).reference == "sft learning_rate=0.0001"
+    assert only([plain, *tuned]).reference == "sft learning_rate=0.0003"
     assert only([plain, tuned[0]]).reference == "sft"
 
 

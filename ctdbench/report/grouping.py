@@ -77,7 +77,8 @@ def variants(cells: Sequence[Result], known: Mapping[str, MethodInfo]) -> dict[s
 
     A label names the method, the option that its META calls `row` (`bld[mixed]`), cross-entropy
     where its META says that it was published without (`gold+ce`), the training settings that are
-    not the default, and the options in which rows of the method differ, or the precision.
+    not the default or the pair's own, and the options in which rows of the method differ, or the
+    precision.
 
     known: `registry.methods()`.
     """
