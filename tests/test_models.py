@@ -34,6 +34,7 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 both_heads = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 both_trainings = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 
@@ -68,6 +69,7 @@ def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ("Gemma3", {"final_logit_softcapping": 3.0}),
         ("Cohere", {"logit_scale": 0.3}),
         ("Granite", {"logits_scaling": 4.0}),
+        ("FalconH1", {"lm_head_multiplier": 0.02, **FALCON}),
         ("Phi", {}),
     ],
 )

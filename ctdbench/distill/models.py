@@ -293,8 +293,9 @@ def logits(model: Any, hidden: Tensor, columns: int) -> Tensor:
     config = inner.config.get_text_config()
     scores = inner.get_output_embeddings()(hidden)[:, :columns]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if getattr(config, "logit_scale", None):  # Cohere
-        scores = scores * config.logit_scale
+    for factor in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        if getattr(config, factor, None):
+            scores = scores * getattr(config, factor)
     if getattr(config, "logits_scaling", None):  # Granite
         scores = scores / config.logits_scaling
     if cap := softcap(model):
@@ -306,7 +307,8 @@ def is_plain_head(model: Any) -> bool:
     """Whether `logits` is one matrix and then a soft cap at most."""
     inner = base_model(model)
     head, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    scaled = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
+    scalings = ("logit_scale", "lm_head_multiplier", "logits_scaling")
+    scaled = any(getattr(config, name, None) for name in scalings)
     return type(head) is nn.Linear and head.bias is None and not scaled
 
 
