@@ -23,6 +23,7 @@ from ctdbench.cli import app
 from ctdbench.distill import references
 from ctdbench.launch import local, provenance
 from ctdbench.launch.local import Ended, Job
+from ctdbench.launch.overview import choice
 from ctdbench.launch.sweep import Sweep
 
 
@@ -306,6 +307,22 @@ def test_all_is_what_can_serve_the_pair(launcher: list[str]) -> None:
     assert not launcher
 
 
+@pytest.mark.parametrize(
+    ("value", "tried", "expected"),
+    [
+        (2e-4, (1e-4, 2e-4, 3e-4), "0.0002"),
+        (1e-4, (1e-4, 2e-4, 3e-4), "0.0001, the smallest that was tried"),
+        (8, (2, 8, 4), "8, the largest that was tried"),
+        ("fixed", ("fixed", "learned"), "fixed"),
+        (True, (True, False), "True"),
+    ],
+)
+def test_a_choice_at_the_end_of_what_was_tried_is_said(
+    value: Any, tried: tuple[Any, ...], expected: str
+) -> None:
+    assert choice(value, tried) == expected
+
+
 def test_a_grid_in_a_file(launcher: list[str], tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
     raw = {"pairs": ["tiny"], "rows": ["sft", "gold"], "eval": TASKS, "tuning": TUNING}
@@ -313,7 +330,8 @@ def test_a_grid_in_a_file(launcher: list[str], tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(raw))
     done = sweep_command("--grid", str(path), "--budget", "4kB")
     assert done.exit_code == 0, done.output
-    assert "tiny, sft: train.learning_rate 0.1 (bpb_heldout.bpb: 1 at 0.1, 1 at 0.2" in done.stderr
+    told = "0.1, the smallest that was tried (bpb_heldout.bpb: 1 at 0.1, 1 at 0.2"
+    assert f"tiny, sft: train.learning_rate {told}" in done.stderr
     assert len(launcher) == 8
     assert "sft learning_rate=0.1" in done.stdout
 

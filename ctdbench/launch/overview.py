@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ctdbench.errors import UserError
 from ctdbench.launch.cache_use import cache_use
@@ -58,8 +59,17 @@ def tuning(sweep: Sweep) -> Iterator[str]:
     for line, found in zip(sweep.lines, sweep.tuned(), strict=True):
         if line.tuning is not None and found.scores:
             told = ", ".join(f"{score:.4g} at {value}" for value, score in found.scores.items())
-            chosen = "not decided" if found.why else found.value
+            chosen = "not decided" if found.why else choice(found.value, line.tuning.values)
             yield f"{line.title}: {line.tuning.field} {chosen} ({line.tuning.select}: {told})"
+
+
+def choice(value: Any, tried: Sequence[Any]) -> str:
+    """The value, and whether it is the last one that way, so that the best may lie further out."""
+    if all(type(one) in (int, float) for one in tried):
+        for name, end in (("smallest", min), ("largest", max)):
+            if value == end(tried):
+                return f"{value}, the {name} that was tried"
+    return str(value)
 
 
 def _known(sweep: Sweep) -> Iterator[_Row]:
