@@ -12,7 +12,7 @@ import transformers
 from harness_setup import tokenizer
 from huggingface_hub import constants
 from lm_eval.api.instance import Instance
-from tiny_models import bpe_tokenizer, tiny_model
+from tiny_models import FALCON_H1, bpe_tokenizer, tiny_model
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,6 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 both_heads = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 both_trainings = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 
@@ -69,7 +68,7 @@ def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ("Gemma3", {"final_logit_softcapping": 3.0}),
         ("Cohere", {"logit_scale": 0.3}),
         ("Granite", {"logits_scaling": 4.0}),
-        ("FalconH1", {"lm_head_multiplier": 0.02, **FALCON}),
+        ("FalconH1", {"lm_head_multiplier": 0.02, **FALCON_H1}),
         ("Phi", {}),
     ],
 )

@@ -52,6 +52,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+
+
 def recurrent_model(kind: str, tokenizer: Any) -> Any:
     """A random model of a published architecture with recurrent layers, some or all of them."""
     import transformers
@@ -61,7 +64,7 @@ def recurrent_model(kind: str, tokenizer: Any) -> Any:
     }  # fmt: skip
     own = {
         "Mamba": {},
-        "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "FalconH1": FALCON_H1,
         "Lfm2": {"full_attn_idxs": [1]},
     }[kind]
     torch.manual_seed(0)

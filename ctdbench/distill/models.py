@@ -25,6 +25,9 @@ from ctdbench.spec import Lora, ModelSpec
 from ctdbench.text.token_bytes import TokenBytes
 
 CONVERSION_VERSION = 1
+# What some families' configurations call a scaling of their logits.
+FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+DIVISOR = "logits_scaling"  # Granite
 
 
 def load_model(reference: str, *, trust_remote_code: bool = False) -> Any:
@@ -293,11 +296,11 @@ def logits(model: Any, hidden: Tensor, columns: int) -> Tensor:
     config = inner.config.get_text_config()
     scores = inner.get_output_embeddings()(hidden)[:, :columns]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    for factor in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+    for factor in FACTORS:
         if getattr(config, factor, None):
             scores = scores * getattr(config, factor)
-    if getattr(config, "logits_scaling", None):  # Granite
-        scores = scores / config.logits_scaling
+    if getattr(config, DIVISOR, None):
+        scores = scores / getattr(config, DIVISOR)
     if cap := softcap(model):
         scores = cap * torch.tanh(scores / cap)
     return scores
@@ -307,8 +310,7 @@ def is_plain_head(model: Any) -> bool:
     """Whether `logits` is one matrix and then a soft cap at most."""
     inner = base_model(model)
     head, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    scalings = ("logit_scale", "lm_head_multiplier", "logits_scaling")
-    scaled = any(getattr(config, name, None) for name in scalings)
+    scaled = any(getattr(config, name, None) for name in (*FACTORS, DIVISOR))
     return type(head) is nn.Linear and head.bias is None and not scaled
 
 
