@@ -60,8 +60,9 @@ class Needs:
     teacher_logits: the teacher's logits per row. hidden: the student's states per row.
     teacher_hidden: the teacher's, too.
     embeddings: the tables of embeddings and head of both models.
-    pairing: "chunks" (byte-aligned), "positions" (k-th supervised token with the k-th), "own"
-        (`Method.pairs`), or "documents": a block is all supervised rows of whole documents.
+    pairing: "chunks" (byte-aligned, see `same_bytes`), "positions" (k-th supervised token with the
+        k-th), "own" (`Method.pairs`), or "documents": a block is all supervised rows of whole
+        documents.
     bytes: estimator of the teacher's byte distributions, or None.
     end_bin: column 256 of `bytes` is the mass of the teacher's token ending (`path` only).
     skip_last_student_token: leave the student's last supervised token of a document out of the
@@ -90,6 +91,16 @@ class Needs:
     def teacher(self) -> bool:
         """Whether any teacher has to run."""
         return self.teacher_logits or self.bytes is not None
+
+    @property
+    def same_bytes(self) -> bool:
+        """Whether chunks go whose sides spell different bytes, for they are compared by token.
+
+        Such is " Start" beside "Start", where one side is SentencePiece's. What is read of each
+        side by itself (kind "scalars", `bytes`) is not touched by it. `Method.pairs` is held to the
+        same: no pair of rows of which one alone predicts that space.
+        """
+        return self.kind == "blocks" and self.teacher_logits and self.pairing == "chunks"
 
     @property
     def teacher_states(self) -> bool:

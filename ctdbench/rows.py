@@ -145,6 +145,13 @@ class PairTables:
         return ByteTrie(list(self.teacher_vocabulary))
 
     @cached_property
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Bytes of every token of the student, [V_S] int64, and of the teacher, [V_T]."""
+        sides = (self.student_vocabulary, self.teacher_vocabulary)
+        student, teacher = (torch.tensor([len(token) for token in side]) for side in sides)
+        return student, teacher
+
+    @cached_property
     def prefix_map(self) -> PrefixMap:
         """The student's longest tokens within every suffix of the teacher's tokens."""
         return PrefixMap(self.student_trie, self.teacher_trie, self.special_pairs)

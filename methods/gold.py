@@ -9,9 +9,10 @@ C are the vocabulary pairs: byte-equal tokens and specials of the same role, one
                 mix = (1 - beta) m_S + beta m_T, beta KL(m_T || mix) + (1 - beta) KL(m_S || mix)
     unmatched = L1 distance of the rest, each side sorted, the shorter one zero-padded
     L = w_m matched + w_u unmatched (+ ce_weight CE, 0 as in the reference),
-mean over a document's chunks, then over documents. w_m = w_u = 1 (default); adaptive: w_m times |C|
-over the teacher's vocabulary, w_u times what is left of 1. hybrid = false: C is empty, so the whole
-vocabulary is unmatched (`uld` on chunks).
+mean over those of a document's chunks that both sides spell with the same bytes, then over
+documents. w_m = w_u = 1 (default); adaptive: w_m times |C| over the teacher's vocabulary, w_u times
+what is left of 1. hybrid = false: C is empty, so the whole vocabulary is unmatched (`uld` on
+chunks).
 
 On a chunk of one token a student logit j outside C has, for beta = 0 and unmatched_weight = 0, the
 gradient p_S[j] * (teacher's mass on C) >= 0: what the teacher cannot spell in one token (Llama's

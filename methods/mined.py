@@ -11,7 +11,8 @@ symbol of its own that only a special of the same role shares; so does the start
 A student row with exactly one teacher row, whose token maps to the one that it read, takes
     KL( softmax(q / T) || softmax(z_S / T) ),
 every other scored row the same with the label as a target (100 there, -1e5 elsewhere: one-hot, so
--log softmax(z_S / T)[label]). The mean over all scored rows counts; T = 2, no T^2 factor,
+-log softmax(z_S / T)[label]); so does a row that predicts the space which one side's SentencePiece
+alone puts before a text. The mean over all scored rows counts; T = 2, no T^2 factor,
     L = 0.5 CE + 0.5 KL.
 
 logit = lowest (default, DSKD's code): as above, even if v has a byte-equal twin of higher id: of

@@ -20,7 +20,8 @@ projection = fixed (default, the public code) | learned (the paper): the weights
 over the row, start at W, and are trained beside the student with a learning rate of 1e-2.
 Weights: the harness balances by ratio unless asked otherwise, CE + KD scaled to CE's size, where KD
 = L (the public code's default); with train.balance=fixed 1.0 KD + 0.1 CE. Its `exact_chunks_only`
-has no use here: chunks are cut by bytes, so both sides of every chunk spell the same text.
+has no use here: chunks are cut by bytes, and the harness leaves out those whose sides spell
+different ones (a space that SentencePiece puts before a text).
 """
 
 from __future__ import annotations

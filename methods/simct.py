@@ -1,6 +1,7 @@
 """SimCT: cross-tokenizer distillation over jointly tokenizable units (arXiv 2605.07711).
 
-A text is cut into units, the chunks: pieces that both sides spell in whole tokens. At a unit's
+A text is cut into units, the chunks: pieces that both sides spell in whole tokens, with the same
+bytes. At a unit's
 start both sides score the shared vocabulary (byte-equal tokens and specials of the same role) and,
 where the unit v_1..v_k takes more than one token on a side, the unit itself:
     score(v) = log p(v | .),    score(unit) = (1/k) sum_j log p(v_j | .),

@@ -1,8 +1,8 @@
 """Strict: reverse KL on shared tokens, where the two tokenizations agree (arXiv 2610.08448).
 
-Only chunks of one token on each side count. At such a token, with K the teacher's `top` = 16
-likeliest tokens of the shared vocabulary (byte-equal tokens and specials of the same role), and
-both sides renormalised on K,
+Only chunks of one token on each side count, of the same bytes. At such a token, with K the
+teacher's `top` = 16 likeliest tokens of the shared vocabulary (byte-equal tokens and specials of
+the same role), and both sides renormalised on K,
     L = mean over these chunks of KL( q_S || q_T ),    q = softmax of the logits in K.
 No CE by default (`ce_weight`). Everything else the teacher says is thrown away, which makes it the
 cheapest of the teacher-logit methods and a strong one.

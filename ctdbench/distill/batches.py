@@ -7,7 +7,7 @@ are padded to a few fixed sizes, so that kernels are built for a few shapes only
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctdbench import ops
 from ctdbench.distill.examples import AlignedSide, Example
-from ctdbench.method import Needs
+from ctdbench.method import Needs, PairTables
 
 IntArray = NDArray[np.int64]
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -99,6 +100,43 @@ def collate(
         for index, pad in enumerate(other_pads)
     )
     return Batch(student, teacher, torch.from_numpy(counts), texts, others)
+
+
+def of_same_bytes(batch: Batch, tables: PairTables) -> Batch:
+    """The batch without the chunks whose two sides spell different bytes.
+
+    Both cover the same span of the document, but SentencePiece writes a space before a text that is
+    not in it: " Start" here and "Start" there are no predictions of one and the same token.
+    """
+    chunks = int(batch.document_chunks.sum())
+    sides = (batch.student, batch.teacher)
+    sums = []
+    for side, added in zip(sides, _added_bytes(batch, tables), strict=True):
+        inside = side.chunk >= 0
+        sums.append(ops.segment_sum(added[inside], side.chunk[inside], chunks))
+    kept = sums[0] == sums[1]
+    number = torch.where(kept, kept.cumsum(0) - 1, -1)
+    number = torch.nn.functional.pad(number, (0, 1), value=-1)  # what chunk -1 finds
+    student, teacher = (replace(side, chunk=number[side.chunk]) for side in sides)
+    document = torch.repeat_interleave(batch.document_chunks)
+    counts = torch.bincount(document[kept], minlength=len(batch.document_chunks))
+    return replace(batch, student=student, teacher=teacher, document_chunks=counts)
+
+
+def pairs_of_same_bytes(batch: Batch, tables: PairTables, pairs: Tensor) -> Tensor:
+    """The row pairs [P, 2] without those of which one row alone predicts such a space."""
+    student, teacher = _added_bytes(batch, tables)
+    return pairs[student[pairs[:, 0]] == teacher[pairs[:, 1]]]
+
+
+def _added_bytes(batch: Batch, tables: PairTables) -> tuple[Tensor, Tensor]:
+    """How many bytes more either side's tokens have than they cover of the document, [R] each."""
+    sides = zip((batch.student, batch.teacher), tables.lengths, strict=True)
+    student, teacher = (
+        lengths.to(side.token.device)[side.token] - (side.byte_end - side.byte_start)
+        for side, lengths in sides
+    )
+    return student, teacher
 
 
 def micro_batches(

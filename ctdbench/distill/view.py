@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ctdbench import ops
 from ctdbench.distill import fused, models
-from ctdbench.distill.batches import Batch, SideBatch
+from ctdbench.distill.batches import Batch, SideBatch, of_same_bytes, pairs_of_same_bytes
 from ctdbench.distill.blocks import (
     BlockRows,
     all_rows,
@@ -98,12 +98,16 @@ class View:
     totals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        needs, batch = self.method.needs, self.batch
+        needs = self.method.needs
+        if needs.same_bytes:
+            self.batch = of_same_bytes(self.batch, self.guide.tables)
+        batch = self.batch
         pairs = None
         if needs.pairing == "positions":
             pairs = position_pairs(batch, needs.skip_last_student_token)
         elif needs.pairing == "own":
             pairs = self.method.pairs(self.bare(), self._bare_teacher(), self.guide.tables)
+            pairs = pairs_of_same_bytes(batch, self.guide.tables, pairs)
         self.per_document = batch.document_chunks
         if pairs is not None:
             self.per_document = pairs_per_document(batch, pairs)
