@@ -157,6 +157,46 @@ def test_ratio_needs_cross_entropy() -> None:
     assert balancing(spec, create("p-kl", spec.options)) == "fixed"
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "idle"),
+    [
+        ("p-kl", {"ce_weight": 5.0}, "ce_weight"),
+        ("h-kl", {"kd_weight": 7.0}, "kd_weight"),
+        ("uld", {"weight": 3.0}, "weight"),
+        ("h-kl", {"ce_weight": 1.0, "kd_weight": 0.0}, None),
+        ("p-kl", {"temperature": 2.0}, None),
+        ("gold", {"ce_weight": 1.0, "matched_weight": 2.0}, None),
+        (
+            "gold",
+            {"ce_weight": 1.0, "matched_weight": 2.0, "unmatched_weight": 0.0},
+            "matched_weight",
+        ),
+        ("alm", {"ce_weight": 1.0, "weight": 2.0, "hidden_weight": 0.5}, None),
+    ],
+)
+def test_a_weight_that_ratio_takes_back_is_refused(
+    method: str, options: dict[str, Any], idle: str | None
+) -> None:
+    found = create(method, options)
+    rule = balancing(run_spec(method, options, balance="fixed"), found)
+    assert rule == "fixed"
+    spec = run_spec(method, options, balance="ratio")
+    if idle is None:
+        assert balancing(spec, found) == "ratio"
+        return
+    with pytest.raises(UserError, match=rf"^method.{idle} has no effect: train.balance=ratio"):
+        balancing(spec, found)
+
+
+def test_gradmag_without_cross_entropy_refuses_the_weight_of_its_only_term() -> None:
+    options: dict[str, Any] = {"weight": 2.0}
+    with pytest.raises(UserError, match=r"^method.weight has no effect: train.balance=gradmag"):
+        balancing(run_spec("alm", options, balance="gradmag"), create("alm", options))
+    options["ce_weight"] = 1.0
+    spec = run_spec("alm", options, balance="gradmag")
+    assert balancing(spec, create("alm", options)) == "gradmag"
+
+
 def test_gradmag_takes_adapters_of_the_last_layer_and_refuses_a_frozen_one() -> None:
     side = float64_side("student")
     wrapped = get_peft_model(

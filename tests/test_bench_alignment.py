@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness_setup import tokenizer
 
+from ctdbench.distill.models import Side
 from ctdbench.distill.tokenizers import Specials
 from ctdbench.launch.bench import alignment
 from ctdbench.text.token_bytes import TokenBytes
@@ -18,7 +18,7 @@ TEXT = "the fox jumps over 42 naïve dogs\n" * 60
 
 def side(name: str) -> Any:
     own = tokenizer(name)
-    return SimpleNamespace(tokenizer=own, tokens=TokenBytes(own), specials=Specials.of(own))
+    return Side(None, own, TokenBytes(own), Specials.of(own))
 
 
 def test_every_size_is_measured_and_shown() -> None:

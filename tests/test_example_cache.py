@@ -8,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from ctdbench.distill import encoded_file, example_cache, examples, tiny
 from ctdbench.distill.corpus import Document, Segment
 from ctdbench.distill.example_cache import cached_examples
 from ctdbench.distill.examples import AlignedSide, Example, build_examples
+from ctdbench.distill.models import Side
 from ctdbench.distill.sources import training_examples
 from ctdbench.distill.tokenizers import Specials
 from ctdbench.errors import RunError
@@ -50,7 +50,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def side(name: str) -> Any:
     """A side without a model; `smaller`: the teacher's tokenizer with fewer merges."""
     own = tiny.make_tokenizer(380) if name == "smaller" else tokenizer(name)
-    return SimpleNamespace(tokenizer=own, tokens=TokenBytes(own), specials=Specials.of(own))
+    return Side(None, own, TokenBytes(own), Specials.of(own))
 
 
 def sides() -> tuple[Any, Any]:
@@ -59,15 +59,14 @@ def sides() -> tuple[Any, Any]:
 
 def without_bos() -> Any:
     found = side("student")
-    found.specials = replace(found.specials, bos=None)
-    return found
+    return replace(found, specials=replace(found.specials, bos=None))
 
 
 def with_template(own: Any, template: str) -> Any:
     """The side with another chat template."""
     changed = copy(own.tokenizer)
     changed.chat_template = template
-    return SimpleNamespace(**{**vars(own), "tokenizer": changed})
+    return replace(own, tokenizer=changed)
 
 
 def some_documents() -> list[Document]:

@@ -6,6 +6,7 @@ import copy
 import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 from wheel_tokenizers import real_documents, wheel_token_bytes, wheel_tokenizer
 
 from ctdbench.distill import examples
 from ctdbench.distill.corpus import Document, Segment
 from ctdbench.distill.examples import AlignedSide, Example, build_example, build_examples, render
-from ctdbench.distill.models import Specials
+from ctdbench.distill.models import Side, Specials
 from ctdbench.distill.setting import pair_tables
 from ctdbench.errors import UserError
 from ctdbench.text.token_bytes import NotLossless
@@ -34,9 +36,7 @@ def side(name: str, **changed: Any) -> Any:
     """A side without a model; `changed` overrides special tokens by role."""
     own = wheel_tokenizer(name)
     specials = {**vars(Specials.of(own)), **changed}
-    return SimpleNamespace(
-        tokenizer=own, tokens=wheel_token_bytes(name), specials=Specials(**specials)
-    )
+    return Side(None, own, wheel_token_bytes(name), Specials(**specials))
 
 
 def both(names: Sequence[str]) -> tuple[Any, Any]:
@@ -284,6 +284,22 @@ def test_a_document_without_a_predicted_chunk_is_counted() -> None:
     assert build_examples([unsupervised], *both(PAIRS[0]))[0] == []
 
 
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_document_longer_than_a_models_positions_is_counted(short: int) -> None:
+    """Of either side, and to the token: one that has just as many is trained on."""
+    text = plain("one two three four five six seven eight")
+    whole = build_example(text, *both(PAIRS[0]))
+    lengths = [len(one.chunk) for one in (whole.student, whole.teacher)]
+    for room, kept in ((0, 1), (-1, 0)):
+        sides = [side(name) for name in PAIRS[0]]
+        config = LlamaConfig(max_position_embeddings=lengths[short] + room)
+        sides[short] = replace(sides[short], model=SimpleNamespace(config=config))
+        found, skipped = build_examples([text, plain("tea")], *sides)
+        assert len(found) == 1 + kept
+        assert sum(skipped.values()) == 1 - kept
+    assert next(iter(skipped)).startswith("longer than a model's positions")
+
+
 def test_chinese_without_spaces_is_cut_into_chunks() -> None:
     text = "从前有座山，山里有座庙，庙里有个老和尚在讲故事。"
     for names in PAIRS:
@@ -318,9 +334,9 @@ def test_chat_is_what_the_tokenizers_own_template_gives(name: str) -> None:
 def chat_side(template: str, **changed: Any) -> Any:
     """SmolLM2's side with another template."""
     own = side("smollm2", **changed)
-    own.tokenizer = copy.deepcopy(own.tokenizer)
-    own.tokenizer.chat_template = template
-    return own
+    tokenizer = copy.deepcopy(own.tokenizer)
+    tokenizer.chat_template = template
+    return replace(own, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -350,7 +349,7 @@ def borrowed(teacher: Any, student: Any) -> Any:
     """The fault: the teacher's tokens in the student's template."""
     tokenizer = copy(teacher.tokenizer)
     tokenizer.chat_template = student.tokenizer.chat_template
-    return SimpleNamespace(**{**vars(teacher), "tokenizer": tokenizer})
+    return replace(teacher, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("names", [("smollm2", "mistral"), ("mistral", "smollm2")], ids="-".join)

@@ -147,6 +147,15 @@ def test_notes_tell_only_the_options_in_which_rows_differ() -> None:
     assert not any(name in "".join(table.notes) for name in ("ce_weight", "slots", "temperature"))
 
 
+def test_cross_entropy_has_weight_1_where_terms_were_balanced_by_ratio() -> None:
+    """Whatever the option says."""
+    cells = [example("p-kl", bpb(1.0), options={"ce_weight": 0.1}), example("sft", bpb(1.0))]
+    cells[0]["provenance"]["training"] = {"balance": "ratio"}
+    assert only(cells).rows[-1].options["ce_weight"] == 1.0
+    cells[0]["provenance"]["training"] = {"balance": "fixed"}
+    assert only(cells).rows[-1].options["ce_weight"] == 0.1
+
+
 def test_the_newest_cell_of_a_seed_counts() -> None:
     """The same request has two cells when the method's code has changed in between."""
     old = example("bld", bpb(1.0), created="2026-01-01", content={"method": "a"})

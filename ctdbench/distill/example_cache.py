@@ -55,7 +55,8 @@ def cached_examples(
     """
     if not documents:
         return [], {}
-    renderers = [Renderer.of(side, template, documents) for side in (student, *teachers)]
+    sides = (student, *teachers)
+    renderers = [Renderer.of(side, template, documents) for side in sides]
     folder = cache_dir() / "examples" / _key(documents, renderers)
     if not _intact(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -64,7 +65,8 @@ def cached_examples(
             encoded_file.write(temporary / ARRAYS, _counted(encoded, documents, shown=progress))
             digest = fingerprint(temporary / ARRAYS)
             (temporary / DIGEST).write_text(digest, encoding="ascii")
-    return collect(documents, encoded_file.read(folder / ARRAYS), template)
+    encoded = encoded_file.read(folder / ARRAYS)
+    return collect(documents, encoded, template, [side.positions for side in sides])
 
 
 def _key(documents: Sequence[Document], renderers: Sequence[Renderer]) -> str:

@@ -77,9 +77,10 @@ def build_examples(
 
     others: further teachers; a document must have chunks with every teacher.
     """
-    found = list(documents)
-    renderers = [Renderer.of(side, template, found) for side in (student, teacher, *others)]
-    return collect(found, (encode(shard, renderers) for shard in shards(found)), template)
+    found, sides = list(documents), (student, teacher, *others)
+    renderers = [Renderer.of(side, template, found) for side in sides]
+    encoded = (encode(shard, renderers) for shard in shards(found))
+    return collect(found, encoded, template, [side.positions for side in sides])
 
 
 def build_example(
@@ -105,18 +106,33 @@ def shards(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def collect(
-    documents: Iterable[Document], encoded: Iterable[Encoded], template: Template
+    documents: Iterable[Document],
+    encoded: Iterable[Encoded],
+    template: Template,
+    positions: Sequence[int | None],
 ) -> tuple[list[Example], dict[str, int]]:
-    """What `build_examples` returns, from the documents' encoded shards."""
+    """What `build_examples` returns, from the documents' encoded shards.
+
+    positions: how many tokens every side's model reads at once; None for any number.
+    """
     examples, skipped = list[Example](), Counter[str]()
     for shard, part in zip(shards(documents), encoded, strict=True):
         skipped["not spelled byte for byte by a tokenizer"] += len(shard) - len(part.place)
         for example in _cut(shard, part, template):
-            if all(one.chunks for one in (example, *example.others)):
-                examples.append(example)
-            else:
+            if not all(one.chunks for one in (example, *example.others)):
                 skipped["no chunk that both sides predict"] += 1
+            elif not _fits(example, positions):
+                skipped["longer than a model's positions (lower train.document_bytes)"] += 1
+            else:
+                examples.append(example)
     return examples, dict(+skipped)
+
+
+def _fits(example: Example, positions: Sequence[int | None]) -> bool:
+    """Whether every side's tokens are no more than its model reads at once."""
+    teachers = (one.teacher for one in (example, *example.others))
+    sides = zip((example.student, *teachers), positions, strict=True)
+    return all(most is None or len(side.chunk) <= most for side, most in sides)
 
 
 def _cut(documents: Sequence[Document], part: Encoded, template: Template) -> Iterator[Example]:

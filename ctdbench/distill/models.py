@@ -191,6 +191,18 @@ class Side:
         """Channels of the hidden states."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model reads at once; None where it does not say, or without a model."""
+        return None if self.model is None else positions(self.model)
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that a model reads at once; None where its configuration does not say."""
+    config = base_model(model).config.get_text_config()
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
 
 def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:
     """A model as its reference has it; a tokenizer of its own moves in by `transplant`.

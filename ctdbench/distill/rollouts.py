@@ -194,8 +194,7 @@ class _Author:
             ids = _chat(given, self.side) if self.template == "chat" else _plain(given, self.side)
         except NotLossless:
             return []
-        config = models.base_model(self.side.model).config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        context = self.side.positions
         fits = context is None or len(ids) + self.decoding.max_new_tokens <= context
         return ids if fits else []
 

@@ -116,7 +116,8 @@ def derived_seed(*parts: object) -> int:
 def balancing(spec: RunSpec, method: Method) -> Balance:
     """How the terms are weighted: as asked for, or as the method was published.
 
-    Raises UserError for ratio without a cross-entropy to scale the terms to.
+    Raises UserError for ratio without a cross-entropy to scale the terms to, and for a weight that
+    the rule would take back.
     """
     rule = method.balance if spec.train.balance == "auto" else spec.train.balance
     if rule == "ratio" and not method.options.ce_weight:
@@ -124,7 +125,32 @@ def balancing(spec: RunSpec, method: Method) -> Balance:
             "train.balance: ratio scales the terms to cross-entropy, which has weight 0 here",
             "set method.ce_weight=1, or train.balance=fixed",
         )
+    if (idle := _idle_weight(method, rule)) is not None:
+        raise UserError(
+            f"method.{idle} has no effect: train.balance={rule} weights the terms by their size",
+            "leave it as it is, or set train.balance=fixed",
+        )
     return rule
+
+
+def _idle_weight(method: Method, rule: Balance) -> str | None:
+    """An option, not the default, that the rule takes back: ratio gives cross-entropy a weight of 1
+    and knows no common factor of the other terms; gradmag, of all terms, neither."""
+    options, fields = method.options, type(method.options).model_fields
+    if rule == "ratio" and options.ce_weight not in (1, fields["ce_weight"].default):
+        return "ce_weight"
+    if rule == "fixed" or (rule == "gradmag" and options.ce_weight):
+        return None
+    stated = (name for name in fields if name.endswith("weight") and name != "ce_weight")
+    return next((name for name in stated if _is_common_factor(method, name)), None)
+
+
+def _is_common_factor(method: Method, option: str) -> bool:
+    """Whether the option, other than by default, multiplies all terms' weights alike."""
+    default, own = type(method.options).model_fields[option].default, method.weights()
+    usual = type(method)(method.options.model_copy(update={option: default})).weights()
+    factors = {weight / usual[name] for name, weight in own.items() if usual.get(name)}
+    return own.keys() == usual.keys() and len(factors) == 1 and not factors & {0.0, 1.0}
 
 
 def build_network(spec: RunSpec, setting: Setting) -> tuple[Network, torch.optim.AdamW]:

@@ -126,7 +126,7 @@ class _Group:
             label=label,
             method=cells[0]["spec"]["method"],
             seeds=tuple(cell["spec"]["seed"] for cell in cells),
-            options=cells[0]["spec"]["options"],
+            options=grouping.weighed(cells[0]),
             cells=tuple(cell["id"] for cell in cells),
             scores={c: self._score(label, c) for c in self.columns if label in self.values[c]},
             cost=None if label in self.expected else _cost(cells),

@@ -106,6 +106,12 @@ def trained_in(result: Result) -> str | None:
     return precision
 
 
+def weighed(result: Result) -> dict[str, Any]:
+    """The options, with the weight that cross-entropy had: 1 where terms were balanced by ratio."""
+    rule = result["provenance"].get("training", {}).get("balance")
+    return {**result["spec"]["options"], **({"ce_weight": 1.0} if rule == "ratio" else {})}
+
+
 def _options(result: Result) -> dict[str, Any]:
     spec = result["spec"]
     remote = spec.get("trust_remote_code", False)
