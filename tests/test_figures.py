@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from ctdbench.report.figures import style
 from ctdbench.report.figures.cost import pareto_front
 from ctdbench.report.figures.curves import running_mean
 from ctdbench.report.figures.labels import place
-from ctdbench.report.figures.ranks import average_ranks, cliques, critical_difference
+from ctdbench.report.figures.ranks import _apart, average_ranks, cliques, critical_difference
+from ctdbench.report.significance import Standing
 from ctdbench.report.tables import Score, Table
 
 Stored = tuple[Table, dict[str, Path]]
@@ -283,11 +285,28 @@ def test_critical_differences_are_demsars() -> None:
 
 def test_cliques_are_the_longest_runs_within_the_distance() -> None:
     """Demšar's example: at 10 % the difference is 1.12, at 5 % it is 1.25."""
-    averages = [1.964, 2.0, 2.893, 3.143]
-    assert cliques(averages, 1.12) == [(0, 2), (2, 3)]
-    assert cliques(averages, 1.25) == [(0, 3)]
-    assert cliques(averages, 0.01) == []
-    assert cliques([1.0, 2.0], 1.0) == []  # as far apart as the critical difference: not tied
+    averages = dict(zip("abcd", [1.964, 2.0, 2.893, 3.143], strict=True))
+    every = [standing(0.0, averages)]
+    assert cliques(_apart(averages, 1.12, every)) == [(0, 2), (2, 3)]
+    assert cliques(_apart(averages, 1.25, every)) == [(0, 3)]
+    assert cliques(_apart(averages, 0.01, every)) == []
+    two = {"a": 1.0, "b": 2.0}  # as far apart as the critical difference: not tied
+    assert cliques(_apart(two, 1.0, every)) == []
+
+
+def standing(p: float, labels: Iterable[str]) -> Standing:
+    """One in which every two rows have that p."""
+    return Standing((), dict.fromkeys(itertools.permutations(labels, 2), p), p, 3)
+
+
+def test_rows_that_no_task_tells_apart_are_joined_whatever_their_ranks() -> None:
+    averages = dict(zip("abc", (1.0, 2.0, 3.0), strict=True))
+    for p, bars in ((0.02, []), (0.03, [(0, 2)])):  # over two columns, 5 % are 2.5 % of each
+        found = [standing(p, "abc"), standing(1.0, "abc"), None]
+        assert cliques(_apart(averages, 0.5, found)) == bars
+    some = replace(standing(1.0, "abc"), p={("a", "c"): 0.0, ("c", "a"): 0.0})
+    assert cliques(_apart(averages, 0.5, [some])) == [(0, 1), (1, 2)]
+    assert cliques(_apart(averages, 0.5, [None])) == [(0, 2)]
 
 
 def test_ranks_are_averaged_over_columns_in_the_direction_of_each() -> None:

@@ -12,6 +12,7 @@ from example_outcomes import crossed, documents, outcomes
 from scipy import stats
 
 from ctdbench.report import statistics
+from ctdbench.report.figures.ranks import _apart, critical_difference
 from ctdbench.report.pairing import Outcomes
 from ctdbench.report.significance import gap_closed, standings
 from ctdbench.report.statistics import Array, Items, Variance, two_way
@@ -252,6 +253,36 @@ def test_false_positives_of_many_tables(spread: Spread, binary: bool, seeds: int
     found = false_positives(seeds, spread, 500, binary)
     print(f"{seeds} seeds, spread {spread}: {found / 500:.1%} of tables of equal methods")
     assert found <= at_most(0.05, 500)
+
+
+def tasks_in_pairs(generator: np.random.Generator, rows: int) -> dict[int, dict[str, Outcomes]]:
+    """Equal methods at 3 seeds on six tasks of three texts: two of a text differ by little."""
+    noise = crossed(generator, (3, rows, 3, 40), (0.3, 0.2, 0.3)).repeat(2, axis=0)
+    noise += 0.1 * generator.standard_normal(noise.shape)
+    items = Items(np.ones(40))
+    return {
+        task: {str(row): outcomes(values, items=items) for row, values in enumerate(grid)}
+        for task, grid in enumerate(noise)
+    }
+
+
+def ranks_tell_apart(tasks: dict[int, dict[str, Outcomes]]) -> tuple[bool, bool]:
+    """Whether any two rows are told apart: by Nemenyi's test alone, and as the diagram does."""
+    scores = np.array([[rows[label].score for label in tasks[0]] for rows in tasks.values()])
+    means = stats.rankdata(scores, axis=1).mean(0).tolist()
+    averages = dict(zip(tasks[0], means, strict=True))
+    distance = critical_difference(len(averages), len(tasks))
+    found = list(standings(tasks, lambda column: True).values())
+    return max(means) - min(means) >= distance, bool(_apart(averages, distance, found).any())
+
+
+@pytest.mark.parametrize(("rows", "trials"), [(3, 150), (8, 60)])
+def test_average_ranks_of_tasks_that_go_together(rows: int, trials: int) -> None:
+    generator = np.random.default_rng(2)
+    found = [ranks_tell_apart(tasks_in_pairs(generator, rows)) for _ in range(trials)]
+    nemenyi, both = (sum(told) for told in zip(*found, strict=True))
+    print(f"{rows} rows: {nemenyi / trials:.1%} by Nemenyi's test, {both / trials:.1%} by both")
+    assert both <= at_most(0.05, trials) < nemenyi
 
 
 ODD_ROWS = [

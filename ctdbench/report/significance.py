@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -103,6 +103,16 @@ def standings(
         column: _standing(rows, pairs[column], float(gate), lower_is_better(column))
         for (column, rows), gate in zip(ranked.items(), gates, strict=True)
     }
+
+
+def told_apart(standings: Collection[Standing], first: str, second: str) -> bool:
+    """Whether a column tells two rows apart at 5 %, corrected for the number of columns, too.
+
+    Bonferroni over columns on what a standing says of the pair, which is adjusted for the column's
+    pairs: any false claim over all pairs is as rare, however columns go together.
+    """
+    columns = len(standings)
+    return any(columns * standing.p.get((first, second), 1.0) <= ALPHA for standing in standings)
 
 
 def above_chance(outcomes: Outcomes, chance: ArrayLike) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ctdbench.report.figures import style
 from ctdbench.report.figures.style import INK
-from ctdbench.report.significance import SEEDS_TO_RANK
+from ctdbench.report.significance import SEEDS_TO_RANK, Standing, told_apart
 from ctdbench.report.statistics import ALPHA
 from ctdbench.report.tables import Column, Row, Table
 
@@ -39,9 +40,10 @@ def ranks(table: Table, folders: Mapping[str, Path]) -> Figure | str:
         )
     averages = average_ranks(columns, rows)
     distance = critical_difference(len(rows), len(columns))
+    bars = cliques(_apart(averages, distance, [table.standings.get(c) for c in columns]))
     absent = [row.label for row in eligible if row not in rows]
     remarks = _remarks(len(columns), absent, [column.task for column in guessed])
-    figure = _Diagram(averages, distance, remarks).draw()
+    figure = _Diagram(averages, distance, bars, remarks).draw()
     figure.set_label(f"Average ranks with Nemenyi's critical difference, {table.title}")
     return figure
 
@@ -70,11 +72,29 @@ def critical_difference(rows: int, columns: int) -> float:
     return float(quantile * math.sqrt(rows * (rows + 1) / (6 * columns)))
 
 
-def cliques(averages: Sequence[float], distance: float) -> list[tuple[int, int]]:
-    """First and last index of every longest run of sorted ranks that differ by less."""
+def _apart(
+    averages: Mapping[str, float], distance: float, standings: Sequence[Standing | None]
+) -> NDArray[np.bool_]:
+    """Which rows are told apart, [k, k]: by their ranks' distance and by a task.
+
+    Nemenyi's test takes tasks for independent. They share texts and seeds, so that it alone would
+    tell equal rows apart in two fifths of some tables; the tasks' own tests do not assume it.
+    """
+    ranks, known = list(averages.values()), [found for found in standings if found]
+    by_task = [[told_apart(known, a, b) for b in averages] for a in averages]
+    return (np.abs(np.subtract.outer(ranks, ranks)) >= distance) & np.array(by_task)
+
+
+def cliques(apart: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First and last index of every longest run of sorted rows of which no two are told apart.
+
+    apart: [k, k], whether two rows are.
+    """
     runs: list[tuple[int, int]] = []
-    for first in range(len(averages)):
-        last = max(i for i, rank in enumerate(averages) if rank - averages[first] < distance)
+    for first in range(len(apart)):
+        last = first
+        while last + 1 < len(apart) and not apart[first : last + 1, last + 1].any():
+            last += 1
         if last > first and (not runs or last > runs[-1][1]):
             runs.append((first, last))
     return runs
@@ -82,8 +102,9 @@ def cliques(averages: Sequence[float], distance: float) -> list[tuple[int, int]]
 
 def _remarks(columns: int, absent: Sequence[str], guessed: Sequence[str]) -> str:
     told = (
-        f"Average rank over N = {columns} tasks; 1 is the best. Bars join rows that Nemenyi's test "
-        f"does not tell apart at 5 %; the fewer the tasks, the wider the critical difference."
+        f"Average rank over N = {columns} tasks; 1 is the best. Bars join rows that are not told "
+        f"apart: by Nemenyi's critical difference, which takes tasks for independent, and by one "
+        f"of the tasks' own tests, both at 5 %."
     )
     told += f" Not in it, for all rows guess there: {style.listed(guessed)}." if guessed else ""
     return told + (f" Not scored on every task: {style.listed(absent)}." if absent else "")
@@ -95,11 +116,16 @@ class _Diagram:
     All is placed in inches from the top left corner.
     """
 
-    def __init__(self, averages: Mapping[str, float], distance: float, remarks: str) -> None:
-        self.ranks, self.distance = list(averages.values()), distance
+    def __init__(
+        self,
+        averages: Mapping[str, float],
+        distance: float,
+        bars: Sequence[tuple[int, int]],
+        remarks: str,
+    ) -> None:
+        self.ranks, self.distance, self.bars = list(averages.values()), distance, bars
         self.texts = [f"{label} ({rank:.2f})" for label, rank in averages.items()]
         self.half = math.ceil(len(self.texts) / 2)
-        self.bars = cliques(self.ranks, distance)
         sides = (self.texts[: self.half], self.texts[self.half :])
         left, right = (max(map(style.text_width, side)) + 2 * GAP for side in sides)
         width = style.COLUMN if left + SHORTEST + right <= style.COLUMN else style.PAGE
