@@ -23,8 +23,11 @@ from ctdbench.evaluate import (
     task_content,
     task_texts,
 )
+from ctdbench.evaluate.answers import require_answers
+from ctdbench.evaluate.loading import load_tasks
 from ctdbench.evaluate.task_files import CORPUS_METRICS, task_dir
 from ctdbench.launch import grid
+from ctdbench.launch.check import task as check_task
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -210,6 +213,7 @@ def test_a_malformed_file_is_one_line(
         ({"scores.made": "scores.missing"}, "AttributeError: Module"),
         ({"data.embedded": "data.missing"}, "AttributeError: Module"),
         ({"test_split: test\n": ""}, "KeyError: 'validation_split'"),
+        ({"{{country}}": "{{land}}"}, "UndefinedError: 'land' is undefined"),
     ],
 )
 def test_what_breaks_in_it_breaks_before_training(
@@ -223,6 +227,64 @@ def test_what_breaks_in_it_breaks_before_training(
     assert f"task capitals ({path}) cannot be loaded: {complaint}" in outcome.stderr
     assert "ctdbench check" in outcome.stderr
     assert not list(Path("runs").rglob("metrics.jsonl"))
+
+
+SCORED_BY_LM_EVAL = {
+    "process_results: !function scores.made\n": "",
+    "  - {metric: spread, aggregation: mean, higher_is_better: true}\n": "",
+}
+WRITTEN = {
+    "output_type: multiple_choice": "output_type: generate_until",
+    'doc_to_choice: "{{[right, wrong]}}"\n': "",
+    "metric: acc,": "metric: exact_match,",
+    "primary: acc": "primary: exact_match",
+}
+UNANSWERED = [
+    ({"doc_to_target: 0": "doc_to_target: -1"}, "item 0 has -1 for the right one of 2 choices"),
+    ({"doc_to_target: 0": "doc_to_target: ''"}, "item 0 has '' for the right one of 2 choices"),
+    ({"doc_to_target: 0": "doc_to_target: Lyons"}, "item 0 has 'Lyons' for the right one of 2 "),
+    (
+        {"doc_to_target: 0": "doc_to_target: \"{{ 5 if country == 'Egypt' else 0 }}\""},
+        "item 2 has 5 for the right one of 2 choices",
+    ),
+    (
+        {"[right, wrong]": "[right, '' if country == 'Japan' else wrong]"},
+        "item 1 has an empty choice, number 1 of 2",
+    ),
+    (WRITTEN | {"doc_to_target: 0": "doc_to_target: ''"}, "item 0 has no right answer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "complaint"), UNANSWERED)
+def test_items_without_a_right_answer_are_refused_before_training(
+    changes: dict[str, str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval would count each of them as wrong."""
+    monkeypatch.chdir(tmp_path)
+    path = write_capitals(tmp_path, SCORED_BY_LM_EVAL | changes)
+    cell = ["run", "--method", "sft", "--pair", "tiny", "--budget", "1kB"]
+    outcome = CliRunner().invoke(app, [*cell, "--task", str(path)])
+    assert outcome.exit_code == 2, outcome.output
+    assert f"task capitals: {complaint}" in outcome.stderr
+    assert not list(Path("runs").rglob("metrics.jsonl"))
+    found = {f.name: f for f in check_task.check(check_task.TaskCase.of(str(path)))}
+    assert found["gold"].status == "FAIL"
+    assert complaint in found["gold"].text
+
+
+def test_items_past_the_limit_and_of_a_task_that_scores_itself_need_no_answer(
+    tmp_path: Path,
+) -> None:
+    hidden = {"doc_to_target: 0": "doc_to_target: \"{{ 5 if country == 'Egypt' else 0 }}\""}
+    path = write_capitals(tmp_path, SCORED_BY_LM_EVAL | hidden)
+    (task,) = load_tasks("capitals", {}, [path])["tasks"].values()
+    require_answers("capitals", task, 2)
+    with pytest.raises(UserError, match="item 2 has 5"):
+        require_answers("capitals", task, 3)
+    (tmp_path / "own").mkdir()
+    path = write_capitals(tmp_path / "own", {"doc_to_target: 0": "doc_to_target: ''"})
+    (task,) = load_tasks("capitals", {}, [path])["tasks"].values()
+    require_answers("capitals", task)
 
 
 def test_two_files_of_one_name(tmp_path: Path) -> None:

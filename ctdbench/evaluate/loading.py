@@ -5,7 +5,8 @@ Both run the task files' `!function` entries and load the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ def load_tasks(
     """What lm-eval's `TaskManager.load` makes of the task or group.
 
     metadata: what its `custom_dataset` gets beside its own, such as `data_dir`; its file is among
-    it as `config_source`.
+    it as `config_source`. Raises UserError where an extra task's own code or data break.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
 
     extra = list(extra_tasks)
-    given = {**metadata, "config_source": str(task_files(extra)[name])}
+    file = task_files(extra)[name]
+    given = {**metadata, "config_source": str(file)}
     manager = TaskManager(include_path=str(task_dir()), include_defaults=False, metadata=given)
     for path in extra:
         TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, manager.task_index)
-    loaded: dict[str, Any] = manager.load([name])
+    with _naming(name, file, extra):  # lm-eval renders a first item
+        loaded: dict[str, Any] = manager.load([name])
     return loaded
 
 
@@ -48,16 +51,21 @@ def task_rows(
     files, configs = task_files(extra), task_configs(extra)
     if task not in files or (configs[task].get("metadata") or {}).get("needs") == "heldout":
         return []
-    if files[task] not in extra:
+    with _naming(task, files[task], extra):
         return _rows(task, files, configs, data_dir)
+
+
+@contextmanager
+def _naming(task: str, file: Path, extra: Sequence[Path]) -> Iterator[None]:
+    """What breaks in an extra task's file is told with its name; it may raise anything."""
     try:
-        return _rows(task, files, configs, data_dir)
-    except Exception as error:  # a stranger's file may raise anything
-        if isinstance(error, UserError):
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or file not in extra:
             raise
         raise UserError(
-            f"task {task} ({files[task]}) cannot be loaded: {type(error).__name__}: {error}",
-            f"ctdbench check {files[task]} tries every part of it",
+            f"task {task} ({file}) cannot be loaded: {type(error).__name__}: {error}",
+            f"ctdbench check {file} tries every part of it",
         ) from error
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ctdbench.errors import UserError
 from ctdbench.evaluate import outcomes
+from ctdbench.evaluate.answers import require_answers
 from ctdbench.evaluate.catalog import (
     TaskInfo,
     available_tasks,
@@ -159,6 +160,8 @@ def _run_task(
         task.set_fewshot_seed(FEWSHOT_SEED)
     items = request.limit_of(info.name)
     limit = items and math.ceil(items / max(len(info.subsets), 1))
+    for task in loaded["tasks"].values():
+        require_answers(info.name, task, limit)
     with undisturbed(request.student, request.tokenizer):
         model = PinnedLM(
             request.student,

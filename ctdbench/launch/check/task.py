@@ -20,6 +20,7 @@ from typing import Any
 from ctdbench import registry
 from ctdbench.errors import UserError
 from ctdbench.evaluate import EvaluationRequest, TaskInfo, available_tasks, check_tasks, evaluate
+from ctdbench.evaluate.answers import require_answers, right_answers
 from ctdbench.evaluate.loading import load_tasks, task_rows
 from ctdbench.evaluate.task_files import (
     WITHOUT_FILE,
@@ -187,35 +188,38 @@ def _loaded(case: TaskCase) -> list[dict[str, Any]]:
 
 def prompt(case: TaskCase) -> str:
     """What a model reads of the first item, few-shot examples included, from its end."""
-    task = _first_task(case)
+    task = _tasks(case)[0]
     task.build_all_requests(limit=1, rank=0, world_size=1)
     text = str(task.instances[0].args[0])
     return ("…" if len(text) > SHOWN else "") + json.dumps(text[-SHOWN:], ensure_ascii=False)
 
 
 def gold(case: TaskCase) -> str:
-    """What it is to answer."""
+    """What the first one is to answer; every one says it."""
     if case.info.kind == "loglikelihood_rolling":
         raise Skipped("the text itself is scored")
-    task = _first_task(case)
-    item = task.eval_docs[0]
-    target = task.doc_to_target(item)
-    choices = task.doc_to_choice(item) if task.config.doc_to_choice is not None else None
-    targets = target if isinstance(target, list) else [target]
-    shown = [choices[one] if choices and isinstance(one, int) else one for one in targets]
+    tasks = _tasks(case)
+    for task in tasks:
+        require_answers(case.name, task)
+    item = tasks[0].eval_docs[0]
+    choices = tasks[0].doc_to_choice(item) if tasks[0].config.doc_to_choice is not None else None
+    found = right_answers(tasks[0], item)
+    shown = [choices[one] if choices and isinstance(one, int) else one for one in found]
     return " or ".join(json.dumps(one, ensure_ascii=False) for one in shown)
 
 
-def _first_task(case: TaskCase) -> Any:
+def _tasks(case: TaskCase) -> list[Any]:
+    """lm-eval's, with their items."""
     from ctdbench.evaluate.runner import FEWSHOT_SEED
 
     case.file()
-    if case.info.needs != "heldout":
-        _loaded(case)
+    if case.info.needs != "heldout" and not _loaded(case):
+        raise Skipped("there are no items")
     given = {"data_dir": case.data_dir and str(case.data_dir), "heldout": _documents()}
-    task = next(iter(load_tasks(case.name, given, case.extra)["tasks"].values()))
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    return task
+    tasks = list(load_tasks(case.name, given, case.extra)["tasks"].values())
+    for task in tasks:
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return tasks
 
 
 def _documents() -> list[str]:
