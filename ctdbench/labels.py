@@ -24,7 +24,7 @@ def row_label(spec: Mapping[str, Any], known: Mapping[str, MethodInfo]) -> str:
     name = spec["method"]
     info = known.get(name)
     option = info.meta.get("row") if info else None
-    value = spec["options"].get(option) if option else None
+    value = spec["options"].get(option) if isinstance(option, str) else None
     name += f"[{value}]" if value is not None else ""
     weight = spec["options"].get("ce_weight", 0.0)
     if weight and info and info.meta.get("ce") is False:  # the published loss has none

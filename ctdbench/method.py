@@ -7,9 +7,10 @@ labels, never loops over documents and never averages: it returns sums and their
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ctdbench.rows import (
     SideName,
     Term,
     bare,
+    checked,
 )
 
 __all__ = [
@@ -87,6 +89,12 @@ class Needs:
     reduce: Literal["max", "sum"] = "max"
     text: Literal["corpus", "teacher"] = "corpus"
 
+    def __post_init__(self) -> None:
+        for name, allowed in _allowed().items():
+            if getattr(self, name) not in allowed:
+                told = ", ".join(map(repr, allowed))
+                raise UserError(f"Needs({name}={getattr(self, name)!r})", f"it is one of {told}")
+
     @property
     def teacher(self) -> bool:
         """Whether any teacher has to run."""
@@ -106,6 +114,25 @@ class Needs:
     def teacher_states(self) -> bool:
         """Whether the teacher's states over the documents are read; the beam runs it by itself."""
         return self.teacher_logits or self.bytes not in (None, "beam")
+
+
+@cache
+def _allowed() -> dict[str, tuple[Any, ...]]:
+    """The values that every field of `Needs` may have."""
+    hints = get_type_hints(Needs)
+    return {name: tuple(_values(hint)) for name, hint in hints.items()}
+
+
+def _values(hint: Any) -> Iterator[Any]:
+    if hint is bool:
+        yield from (False, True)
+    elif hint is type(None):
+        yield None
+    elif get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:  # a union
+        for part in get_args(hint):
+            yield from _values(part)
 
 
 class MethodOptions(BaseModel):
@@ -325,7 +352,7 @@ def _evaluate(
     if weights is not None:
         state = {key: torch.as_tensor(np.asarray(value)) for key, value in weights.items()}
         nn.ModuleDict(modules).load_state_dict(state)
-    terms = method.terms(block, modules)
+    terms = checked(method.terms(block, modules))
     ce = cross_entropy(student)
     return {"ce": ce, **terms}, total_loss(method, ce, terms)
 

@@ -48,14 +48,14 @@ def shipped_methods() -> Path:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Every method by name: shipped files, entry points, `--plugin` files (later ones win)."""
+    """Every method by name: shipped files, entry points, `--plugin` files (before entry points)."""
     found = {_method_name(path): path for path in sorted(shipped_methods().glob("*.py"))}
     found.pop("--init--", None)
     infos = {name: MethodInfo(name, path, _meta(path)) for name, path in found.items()}
-    for point in metadata.entry_points(group=GROUP):
+    for point in _entry_points():
         file = _module_file(point.module)
         meta = {"title": point.value, **(_meta(file) if file else {})}
-        infos[point.name] = MethodInfo(point.name, file, meta, point)
+        infos.setdefault(point.name, MethodInfo(point.name, file, meta, point))
     infos.update({name: MethodInfo(name, path, _meta(path)) for name, path in _plugins.items()})
     return infos
 
@@ -65,6 +65,8 @@ def add_plugin(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"plugin {path} is no file")
     name = check_name(_method_name(path), "plugin")
+    if (shipped_methods() / f"{name.replace('-', '_')}.py").is_file():
+        raise UserError(f"plugin {path}: there is a method {name} already", "rename the file")
     _plugins[name] = path
     return name
 
@@ -74,7 +76,13 @@ def load_method(name: str) -> type[Method]:
     info = pick(name, methods(), "method")
     if BASELINE.fullmatch(name):
         raise UserError(f"method {name!r} has the name of a baseline", "give it another one")
-    where, hint = info.file or info.entry_point, "a method file ends in METHOD = YourClass"
+    if name not in _plugins:
+        _require_one(check_name(name, "method"), info)
+    where: Path | str | None = info.file
+    hint = "a method file ends in METHOD = YourClass"
+    if info.entry_point:
+        where = f"entry point {info.entry_point.value}"
+        hint = "an entry point is PACKAGE.MODULE:CLASS"
     try:
         loaded = info.entry_point.load() if info.entry_point else _import(info).METHOD
     except (Exception, SystemExit) as error:
@@ -85,6 +93,25 @@ def load_method(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(getattr(found, "Options", int), BaseModel)):
         raise UserError(f"method {name!r} ({where}) is no subclass of ctdbench's Method", hint)
     return found
+
+
+def _entry_points() -> Iterable[metadata.EntryPoint]:
+    return metadata.entry_points(group=GROUP)
+
+
+def _require_one(name: str, info: MethodInfo) -> None:
+    """Raise UserError if several installed methods have the name: which one ran would be chance."""
+    claims = {point.value for point in _entry_points() if point.name == name}
+    if info.entry_point is None and claims:
+        raise UserError(
+            f"method {name!r} is ctdbench's own, and the entry point {min(claims)} claims its name",
+            "uninstall that package, or rename its entry point",
+        )
+    if len(claims) > 1:
+        raise UserError(
+            f"method {name!r}: entry points {' and '.join(sorted(claims))} have that name",
+            "uninstall one of the packages",
+        )
 
 
 def pair_files() -> dict[str, Path]:

@@ -172,6 +172,21 @@ LINES: dict[str, tuple[dict[str, str], str, str]] = {
         "META",
         r"META exceptions must be \{CHECK: REASON\}; checks: floor, padding, .*, micro-batches",
     ),
+    "a row": (
+        {'"floor": "zero",': '"row": ["weight"],'},
+        "META",
+        r"META row: \['weight'\] is no option; there are: ce_weight, weight",
+    ),
+    "no term": (
+        {"return Term(gap.square().sum(), size(own))": "return gap.square().sum()"},
+        "terms",
+        r"the method's term match is of type Tensor\. give \{NAME: Term\(total, count\)\}, both .*",
+    ),
+    "a column of the log": (
+        {'"match": self.match': '"loss": self.match'},
+        "terms",
+        r"the method's term 'loss' has no name of its own in the log\. take letters, .*",
+    ),
     "an option": (
         {'"floor": "zero",': '"exceptions": {"padding if wait=1": "why"},'},
         "META",

@@ -157,6 +157,34 @@ def test_meta_of_an_installed_package_is_read_without_importing_it(
     assert found["three"].file is None
 
 
+@pytest.mark.parametrize(
+    ("points", "name", "complaint"),
+    [
+        ({"sft": ["json:loads"]}, "sft", "ctdbench's own, and the entry point json:loads claims"),
+        ({"mine": ["a:One", "b:Two"]}, "mine", "entry points a:One and b:Two have that name"),
+        ({"Bad_Name": ["json:loads"]}, "Bad_Name", "method 'Bad_Name' is no valid name"),
+        ({"mine": ["nowhere.at_all:Mine"]}, "mine", r"\(entry point nowhere.at_all:Mine\) cannot"),
+        ({"mine": ["json:loads"]}, "mine", r"\(entry point json:loads\) is no subclass"),
+    ],
+)
+def test_an_entry_point_that_cannot_be_the_method_of_its_name(
+    points: dict[str, list[str]], name: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [EntryPoint(key, value, registry.GROUP) for key in points for value in points[key]]
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: made)
+    with pytest.raises(UserError, match=complaint) as caught:
+        registry.load_method(name)
+    assert "EntryPoint(" not in str(caught.value)
+    assert registry.load_method("uld").__name__ == "ULD"  # the others are as they were
+    assert registry.methods()["sft"].entry_point is None
+
+
+@pytest.mark.parametrize("file", ["sft.py", "h_kl.py", "h-kl.py"])
+def test_a_plugin_may_not_have_the_name_of_a_shipped_method(file: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is a method (sft|h-kl) already\. rename the file"):
+        registry.add_plugin(write(tmp_path, file, PLUGIN))
+
+
 def test_a_plugin_that_is_no_file_or_has_no_proper_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no file"):
         registry.add_plugin(tmp_path / "absent.py")

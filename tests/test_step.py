@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctdbench import ops
-from ctdbench.distill import batches, teacher
+from ctdbench.distill import batches, teacher, train
 from ctdbench.distill.blocks import position_pairs
 from ctdbench.distill.examples import Example
 from ctdbench.distill.step import Step
-from ctdbench.errors import RunError
+from ctdbench.distill.view import CE
+from ctdbench.errors import RunError, UserError
 from ctdbench.method import Block, Method, MethodOptions, Needs, Rows, Term
+from ctdbench.rows import LOGGED
 
 every_method = pytest.mark.parametrize(("name", "options"), METHODS, ids=IDS)
 
@@ -336,7 +338,9 @@ class Undemanding(Plain):
         return {}
 
 
-@pytest.mark.parametrize("needs", [Needs(), Needs(False), Needs(pairing="positions")])
+@pytest.mark.parametrize(
+    "needs", [Needs(), Needs(teacher_logits=False), Needs(pairing="positions")]
+)
 def test_chunk_ids_are_those_of_the_block(needs: Needs) -> None:
     step, found = custom_step(Undemanding(needs))
     step.gradients([batch_of(found)])
@@ -348,6 +352,53 @@ def test_a_count_that_does_not_follow_from_the_tokens_is_refused(method: Method)
     with pytest.raises(RunError, match=r"^method term '\w+' counts \d+ in terms") as caught:
         step.gradients([batch_of(found)])
     assert "\n" not in str(caught.value)
+
+
+class Gives(Plain):
+    """Returns what it is given, in `terms` alone."""
+
+    def __init__(self, terms: Any) -> None:
+        super().__init__()
+        self.given = terms
+
+    def terms(self, block: Block, modules: Mapping[str, nn.Module]) -> Any:
+        return self.given
+
+
+ONE = torch.ones(())
+
+
+@pytest.mark.parametrize(
+    ("terms", "complaint"),
+    [
+        (None, "terms are of type NoneType"),
+        (ONE, "terms are of type Tensor"),
+        ({"kl": ONE}, "term kl is of type Tensor"),
+        ({"kl": Term(torch.ones(3), ONE)}, r"the total of the method's term kl is a Tensor \[3\]"),
+        ({"kl": Term(ONE, 7)}, "the count of the method's term kl is a int"),  # type: ignore[arg-type]
+        ({"loss": Term(ONE, ONE)}, "term 'loss' has no name of its own in the log"),
+        ({"step": Term(ONE, ONE)}, "term 'step' has no name"),
+        ({"a b": Term(ONE, ONE)}, "term 'a b' has no name"),
+        ({7: Term(ONE, ONE)}, "term 7 has no name"),
+    ],
+)
+def test_what_is_no_term_is_named(terms: Any, complaint: str) -> None:
+    step, found = custom_step(Gives(terms))
+    with pytest.raises(UserError, match=complaint):
+        step.gradients([batch_of(found)])
+
+
+def test_names_in_the_log_are_those_that_no_term_may_have() -> None:
+    assert {*train.COUNTED, "loss", CE} == set(LOGGED)
+    assert {field.name for field in fields(train.Progress)} >= set(train.COUNTED)
+
+
+def test_needs_are_of_the_values_there_are() -> None:
+    for wrong in ({"pairing": "nowhere"}, {"bytes": "pth"}, {"text": "techer"}, {"hidden": "yes"}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(UserError, match=rf"Needs\({name}='{value}'\)\. it is one of "):
+            Needs(**wrong)  # type: ignore[arg-type]
+    assert Needs(bytes=None, prepare=None) == Needs()
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:

@@ -33,6 +33,7 @@ from ctdbench.distill.teacher import Teacher
 from ctdbench.distill.view import CE, Guide, Network, Terms, View
 from ctdbench.errors import RunError
 from ctdbench.method import Method, PairTables, Scalars, Term
+from ctdbench.rows import checked
 
 Balance = Literal["fixed", "ratio", "gradmag"]
 ALL = "loss"  # the one gradient that fixed weights need
@@ -287,7 +288,8 @@ class Step:
                 for rows in view.blocks
             ]
         values = torch.cat(parts).requires_grad_()
-        terms = self.method.combine(Scalars(values, view.bare()), view.scalars, view.totals)
+        student = Scalars(values, view.bare())
+        terms = checked(self.method.combine(student, view.scalars, view.totals))
         named = {name + view.guide.suffix: term for name, term in terms.items()}
         zero = values.sum() * 0.0
         return {

@@ -31,6 +31,7 @@ from ctdbench.distill.tracking import tracked
 from ctdbench.distill.view import Network
 from ctdbench.errors import RunError, Terminated, UserError
 from ctdbench.results import CHECKPOINTS, METRICS
+from ctdbench.rows import LOGGED
 from ctdbench.spec import RunSpec
 
 Score = Callable[[nn.Module], Mapping[str, float]]  # a student on the way -> its scores, by name
@@ -50,7 +51,7 @@ class Progress:
     generated: dict[str, int] = field(default_factory=dict)
 
 
-COUNTED = ("step", "text_bytes", "student_tokens", "teacher_tokens", "seconds")  # in metrics.jsonl
+COUNTED = LOGGED[:5]  # in metrics.jsonl, of `Progress`
 
 
 @dataclass(frozen=True)

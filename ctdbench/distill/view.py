@@ -28,6 +28,7 @@ from ctdbench.distill.blocks import (
 from ctdbench.distill.precision import autocast
 from ctdbench.distill.teacher import Teacher
 from ctdbench.method import Block, Method, PairTables, Rows, Scalars, SideName, Term, cross_entropy
+from ctdbench.rows import checked
 
 CE = "ce"
 Terms = Callable[[Block, Mapping[str, nn.Module]], dict[str, Term]]
@@ -189,7 +190,7 @@ class View:
             shape = (_bytes_in(block.student), ops.BYTES + 1)
             distributions = torch.full(shape, 1 / shape[1], device=block.student.token.device)
         filled = replace(block, student=student, teacher=teacher, bytes=distributions)
-        terms = self.method.terms(filled, self.modules)
+        terms = checked(self.method.terms(filled, self.modules))
         return {name: term.count for name, term in terms.items()}
 
     def _zero_rows(self, rows: Rows, columns: int, model: Any) -> Rows:
@@ -222,7 +223,7 @@ class View:
             block = self.block(rows, student)
             terms = {} if self.guide.suffix else {CE: self._cross_entropy(block.student)}
             if self.method.needs.kind == "blocks":
-                own = self.terms(block, self.modules)
+                own = checked(self.terms(block, self.modules))
                 terms |= {name + self.guide.suffix: term for name, term in own.items()}
         return terms
 

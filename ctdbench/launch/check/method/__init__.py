@@ -62,6 +62,8 @@ def meta(bench: Bench) -> str:
 
 
 def _check_declared(stated: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    if (row := stated.get("row")) is not None and row not in list(options):
+        raise Failed(f"META row: {row!r} is no option; there are: {', '.join(options)}")
     kind, _, reason = str(stated.get("floor", "zero")).partition(":")
     if kind not in FLOORS or FLOORS[kind] != bool(reason.strip()):
         allowed = (f'"{name}: REASON"' if why else f'"{name}"' for name, why in FLOORS.items())

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ctdbench.launch.check.findings import Failed
 from ctdbench.launch.check.method.cases import picked
 from ctdbench.method import (
     Block,
@@ -22,6 +21,7 @@ from ctdbench.method import (
     Term,
     Trainable,
 )
+from ctdbench.rows import checked
 
 
 class Watched:
@@ -77,10 +77,7 @@ class Watched:
             block = replace(block, teacher=None)
         self.block = block
         with _naming_empty(student=block.student, teacher=block.teacher):
-            self.returned = self.method.terms(block, modules)
-        for name, term in self.returned.items():
-            if not (isinstance(name, str) and isinstance(term, Term)):
-                raise Failed(f"terms() gives {type(term).__name__} for {name!r}, and not a Term")
+            self.returned = checked(self.method.terms(block, modules))
         return self.returned
 
 
