@@ -75,6 +75,33 @@ def test_wilson_is_scipys(right: int, size: int) -> None:
     assert statistics.wilson(values) == pytest.approx((interval.low, interval.high))
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_amount_of_0_or_1_is_no_accuracy(value: float) -> None:
+    """The teacher's divergence from itself is 0 on every document, and certainly so."""
+    samples = [{"id": f"{i}", "weight": 1.0, "jsd": value, "acc": value} for i in range(4)]
+    jsd, acc = (Outcomes.from_rows("t", name, {0: samples}) for name in ("jsd", "acc"))
+    assert acc.is_choice
+    assert not jsd.is_choice
+    assert estimate(acc).test == "Wilson"
+    found = estimate(jsd)
+    assert (found.test, found.low, found.high) == ("bootstrap", value, value)
+    alone = estimate(Outcomes.from_rows("t", "jsd", {0: samples[:1]}))
+    assert (alone.low, alone.high) == (-math.inf, math.inf)
+
+
+def test_a_macro_average_that_is_all_wrong_is_not_certainly_0() -> None:
+    subsets = ["a"] * 10 + ["b"] * 40
+    weights = [1 / 20] * 10 + [1 / 80] * 40
+    found = estimate(outcomes(np.zeros(50), weights=weights, subsets=subsets))
+    effective = 1 / (10 / 20**2 + 40 / 80**2)
+    assert effective == pytest.approx(32)
+    expected = stats.binomtest(0, 32).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    right = estimate(outcomes(np.ones((3, 50)), weights=weights, subsets=subsets))
+    assert right.low == pytest.approx(1 - expected.high)
+    assert right.high == pytest.approx(1)
+
+
 def test_bootstrap_computes_the_ratio_of_what_was_drawn() -> None:
     """Against a plain loop: bits over bytes, each draw studentised by its own standard error."""
     weights, difference = documents(random(0), (12,))

@@ -15,6 +15,7 @@ import numpy as np
 from ctdbench.errors import UserError
 from ctdbench.report import statistics
 from ctdbench.report.statistics import Array, Interval, Items, Variance
+from ctdbench.report.tables import Column
 
 Bootstrap = Callable[[Array, Items], Interval]
 ROUNDING = 1e-20  # a variance below is 0
@@ -25,7 +26,8 @@ class Outcomes:
     """One model's outcomes on a task, a value a document and seed.
 
     ids: of the n documents. values: [seeds, n]. seeds: of training, in the order of the values;
-    empty for a model that was not trained here (start, teacher), whose values are [1, n].
+    empty for a model that was not trained here (start, teacher), whose values are [1, n]. amounts:
+    of bits, of a divergence: where all are 0 or 1, that is no wrong and right.
     """
 
     task: str
@@ -33,6 +35,7 @@ class Outcomes:
     values: Array
     items: Items
     seeds: tuple[int, ...]
+    amounts: bool = False
 
     @classmethod
     def from_rows(
@@ -61,7 +64,8 @@ class Outcomes:
             culprit = rows[int(np.argmin(np.isfinite(values)))]["id"]
             raise UserError(f"{task}: document {culprit} of seed {seed} has no {metric}")
         items = Items([row["weight"] for row in rows], [row.get("subset", "") for row in rows])
-        return cls(task, tuple(row["id"] for row in rows), values[None], items, (seed,))
+        ids = tuple(row["id"] for row in rows)
+        return cls(task, ids, values[None], items, (seed,), Column(task, metric).lower_is_better)
 
     @property
     def score(self) -> float:
@@ -70,8 +74,13 @@ class Outcomes:
 
     @property
     def is_choice(self) -> bool:
-        """Whether every outcome is 0 or 1 and counts alike."""
-        return self.items.equal and bool(np.isin(self.values, (0, 1)).all())
+        """Whether every outcome is wrong or right, 0 or 1, and counts alike."""
+        return self.items.equal and self.is_right_or_wrong
+
+    @property
+    def is_right_or_wrong(self) -> bool:
+        """Whether every outcome is 0 or 1 and no amount."""
+        return not self.amounts and bool(np.isin(self.values, (0, 1)).all())
 
     def at(self, seeds: Sequence[int]) -> Outcomes:
         """The outcomes of these seeds, in this order."""
@@ -192,6 +201,8 @@ def estimate(a: Outcomes, *, bootstrap: Bootstrap = statistics.bootstrap) -> Est
     """The model's own score: Wilson's interval or the bootstrap for one seed, else as `compare`."""
     if a.is_choice and (len(a.values) == 1 or np.ptp(a.values) == 0):
         (low, high), test = statistics.wilson(a.values[0]), "Wilson"
+    elif a.is_right_or_wrong and np.ptp(a.values) == 0:  # a macro-average: nothing varies
+        (low, high), test = statistics.wilson(a.values[0], a.items.effective), "Wilson"
     elif len(a.values) == 1:
         low, high, _ = bootstrap(a.values[0], a.items)
         test = "bootstrap"
@@ -199,7 +210,7 @@ def estimate(a: Outcomes, *, bootstrap: Bootstrap = statistics.bootstrap) -> Est
         variance = statistics.two_way([a.values], a.items)
         half, test = float(variance.half_width()), _several(variance)
         low, high = a.score - half, a.score + half
-        if np.isin(a.values, (0, 1)).all():  # no accuracy lies outside
+        if a.is_right_or_wrong:  # no accuracy lies outside
             low, high = max(0.0, low), min(1.0, high)
     return Estimate(a.score, low, high, len(a.seeds), len(a.ids), test)
 

@@ -63,6 +63,11 @@ class Items:
         return len(self.subsets) == 1 and bool(np.ptp(self.weights) == 0)
 
     @property
+    def effective(self) -> float:
+        """How many documents of equal weight they are worth (Kish 1965)."""
+        return 1 / float(self.share @ self.share)
+
+    @property
     def freedom(self) -> int:
         """Degrees of freedom of the items' variance."""
         return len(self.weights) - len(self.subsets)
@@ -112,14 +117,18 @@ def accuracy_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 
-def wilson(values: ArrayLike) -> tuple[float, float]:
-    """95 % interval of the mean of [n] 0/1 outcomes (Wilson 1927)."""
+def wilson(values: ArrayLike, effective: float | None = None) -> tuple[float, float]:
+    """95 % interval of the mean of [n] 0/1 outcomes (Wilson 1927).
+
+    effective: how many outcomes of equal weight they are worth; None: n.
+    """
     x = np.asarray(values, dtype=np.float64)
     z2 = float(special.ndtri(ALPHA / 2)) ** 2
-    size = len(x) + z2
+    count = len(x) if effective is None else effective
+    size = count + z2
     rate = float(x.mean())
-    half = math.sqrt(z2 * (rate * (1 - rate) * len(x) + z2 / 4)) / size
-    centre = (rate * len(x) + z2 / 2) / size
+    half = math.sqrt(z2 * (rate * (1 - rate) * count + z2 / 4)) / size
+    centre = (rate * count + z2 / 2) / size
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
