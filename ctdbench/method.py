@@ -138,7 +138,9 @@ def _values(hint: Any) -> Iterator[Any]:
 class MethodOptions(BaseModel):
     """Base of every method's options: frozen, nothing unknown, every field described."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
 
     ce_weight: float = Field(
         1.0, ge=0, description="Weight of cross-entropy on the student's own tokens."

@@ -10,13 +10,13 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -124,7 +124,8 @@ def load_pair(name: str) -> PairSpec:
     is_path = is_file_name(name)
     path = Path(name).expanduser() if is_path else pick(name, pair_files(), "pair")
     raw = read_yaml(path)
-    raw.setdefault("name", path.stem)
+    if "name" not in raw:
+        raw["name"] = check_name(path.stem, f"{path}: the file's name, which is the pair's,")
     return validate(PairSpec, raw, str(path) if is_path else f"pair {name}")
 
 
@@ -174,17 +175,37 @@ def validate(model: type[Model], raw: Mapping[str, Any], where: str) -> Model:
         reason, hint = first["msg"].removeprefix("Value error, "), ""
         if first["type"] == "extra_forbidden":
             reason, hint = "no such field", _meant(first["loc"], found, model)
+        elif first["type"] == "tuple_type":
+            reason = "Input should be a list"
         raise UserError(
             f"{where}: {field}: {reason}" if field else f"{where}: {reason}", hint
         ) from error
 
 
 def _meant(loc: tuple[int | str, ...], found: Sequence[Any], model: type[BaseModel]) -> str:
-    """What a field that does not exist may have been; within a part, one that is missing there."""
+    """What a field that does not exist may have been; within a part, first one missing there."""
     lacking = [one["loc"] for one in found if one["type"] == "missing"]
-    beside = [str(other[-1]) for other in lacking if other[:-1] == loc[:-1]]
-    known = beside if len(loc) > 1 else list(model.model_fields)
+    beside = [str(other[-1]) for other in lacking if len(loc) > 1 and other[:-1] == loc[:-1]]
+    known = beside or _fields_of(model, loc[:-1])
     return suggestion(str(loc[-1]), known) if known else ""
+
+
+def _fields_of(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the part at `loc`; [] for what has no names of its own."""
+    for part in (part for part in loc if isinstance(part, str)):
+        field = model.model_fields.get(part)
+        found = next(_models_in(field.annotation), None) if field else None
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 Entry = TypeVar("Entry")

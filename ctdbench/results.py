@@ -271,10 +271,13 @@ def load(store: Path = Path("runs")) -> pandas.DataFrame:
 
     Columns: pair, method, row (as tables call it: `bld[path]`, `gold+ce`), seed, cell, task,
     metric, value, stderr, corpus, budget (bytes), learning_rate, limit, and those of `Cost`. Cells
-    of one row may differ in options that `row` does not name; a table then adds them.
+    of one row may differ in options that `row` does not name; a table then adds them. Raises
+    UserError where there is no such folder.
     """
     import pandas
 
+    if not Path(store).is_dir():
+        raise UserError(f"there is no store {store}", "give the folder that --store named")
     cells, known = find(Path(store)).values(), registry.methods()
     rows = [row for result in cells for row in _rows(result, known)]
     names = ["pair", "method", "row", "seed", "cell", "task", "metric", "value", "stderr"]

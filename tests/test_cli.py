@@ -262,6 +262,7 @@ def test_remote_code_is_trusted_by_flag_only(engine: list[Any]) -> None:
         ("methods: sft\n", "methods: no such field. did you mean method"),
         ("train: 3\n", "train must hold a mapping"),
         ("pair: {name: x}\n", "pair: student: Field required"),
+        ("eval: {tasks: piqa}\n", "eval: tasks: Input should be a list"),
     ],
 )
 def test_a_malformed_file_is_named(text: str, complaint: str, engine: list[Any]) -> None:

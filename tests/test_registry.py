@@ -7,10 +7,12 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from ctdbench import registry
 from ctdbench.distill import references
 from ctdbench.errors import UserError
+from ctdbench.method import MethodOptions
 from ctdbench.request import references_of
 
 PLUGIN = '''
@@ -84,8 +86,17 @@ def test_shipped_pairs_are_valid(name: str) -> None:
         ),
         (
             "student: {model: dir:a}\nteachers: [{model: dir:b, size: 1}]\n",
-            "teachers.0.size: no such field",
+            "teachers.0.size: no such field. there are: ",
         ),
+        (
+            "student: {model: dir:a, layer: 2}\nteachers: [{model: dir:b}]\n",
+            "student.layer: no such field. did you mean layers?",
+        ),
+        (
+            "student: {model: dir:a}\nteachers: [{model: dir:b}]\nlora: {rnk: 4}\n",
+            "lora.rnk: no such field. did you mean rank?",
+        ),
+        ("student: {model: dir:a}\nteachers: dir:b\n", "teachers: Input should be a list"),
         ("student: {model: dir:a}\nteachers: []\n", "teachers: Tuple should have at least 1 item"),
         ("student: {model: dir:a}\nteacher: {model: dir:b}\n", "did you mean teachers"),
         ("student: [unclosed\n", "line 2 is no valid YAML"),
@@ -114,8 +125,10 @@ def test_a_pair_file_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
 
 def test_a_pair_file_whose_name_is_no_slug(tmp_path: Path) -> None:
     text = "student: {model: dir:a}\nteachers: [{model: dir:b}]\n"
-    with pytest.raises(UserError, match="name: "):
+    with pytest.raises(UserError, match=r"My Pair.yaml: .* 'My Pair' is no valid name\. use lower"):
         registry.load_pair(str(write(tmp_path, "My Pair.yaml", text)))
+    named = write(tmp_path, "größe.yaml", "name: mine\n" + text)
+    assert registry.load_pair(str(named)).name == "mine"
 
 
 def test_a_plugin_is_found_and_loads(tmp_path: Path) -> None:
@@ -190,6 +203,16 @@ def test_a_plugin_that_is_no_file_or_has_no_proper_name(tmp_path: Path) -> None:
         registry.add_plugin(tmp_path / "absent.py")
     with pytest.raises(UserError, match="no valid name"):
         registry.add_plugin(write(tmp_path, "My Method.py", PLUGIN))
+
+
+def test_an_option_with_an_alias_is_set_by_either_name() -> None:
+    class Options(MethodOptions):
+        lambda_: float = Field(1.0, alias="lambda", description="Weight.")
+
+    for name in ("lambda", "lambda_"):
+        assert registry.validate(Options, {name: 2.0}, "method mine").lambda_ == 2.0
+    dumped = Options().model_dump(mode="json")
+    assert registry.validate(Options, dumped, "method mine") == Options()
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def test_a_failed_cell_is_never_done(tmp_path: Path) -> None:
 def test_an_absent_cell_and_an_absent_store(tmp_path: Path) -> None:
     assert results.finished(tmp_path / "nowhere") is None
     assert results.find(tmp_path / "nowhere") == {}
+    with pytest.raises(UserError, match=r"there is no store .*nowhere"):
+        results.load(tmp_path / "nowhere")
 
 
 def test_find_by_pair_and_method(tmp_path: Path) -> None:

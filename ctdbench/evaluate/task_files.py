@@ -191,15 +191,15 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> Config:
 
 
 def parse(path: Path) -> Config:
-    """A task file's YAML without what it includes; raises UserError where it cannot be read."""
+    """A file's YAML without what it includes; raises UserError where it cannot be read."""
     try:
         config = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"task file {path} cannot be read: {reason}", "check its YAML") from error
+        raise UserError(f"{path} cannot be read: {reason}", "check its YAML") from error
     if not isinstance(config, dict):
         raise UserError(
-            f"task file {path} is not a mapping", "a task file starts with `task: NAME`"
+            f"{path} is not a mapping", "a task starts with `task: NAME`, a pair with `student:`"
         )
     return config
 
