@@ -103,8 +103,8 @@ def cliques(apart: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def _remarks(columns: int, absent: Sequence[str], guessed: Sequence[str]) -> str:
     told = (
         f"Average rank over N = {columns} tasks; 1 is the best. Bars join rows that are not told "
-        f"apart: by Nemenyi's critical difference, which takes tasks for independent, and by one "
-        f"of the tasks' own tests, both at 5 %."
+        f"apart. That takes Nemenyi's critical difference, for which tasks are independent, and "
+        f"one of the tasks' own tests, both at 5 %."
     )
     told += f" Not in it, for all rows guess there: {style.listed(guessed)}." if guessed else ""
     return told + (f" Not scored on every task: {style.listed(absent)}." if absent else "")
