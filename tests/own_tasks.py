@@ -29,6 +29,10 @@ SCORES = """\
 def made(row, results):
     nats = [result[0] for result in results]
     return {"spread": abs(nats[0] - nats[1]), "acc": float(nats[0] > nats[1])}
+
+
+def none(row):
+    return None
 """
 
 

@@ -242,6 +242,7 @@ WRITTEN = {
 UNANSWERED = [
     ({"doc_to_target: 0": "doc_to_target: -1"}, "item 0 has -1 for the right one of 2 choices"),
     ({"doc_to_target: 0": "doc_to_target: ''"}, "item 0 has '' for the right one of 2 choices"),
+    ({"doc_to_target: 0": "doc_to_target: !function scores.none"}, "item 0 has None for the right"),
     ({"doc_to_target: 0": "doc_to_target: Lyons"}, "item 0 has 'Lyons' for the right one of 2 "),
     (
         {"doc_to_target: 0": "doc_to_target: \"{{ 5 if country == 'Egypt' else 0 }}\""},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 from ctdbench.errors import UserError
@@ -35,8 +36,10 @@ def _fault(task: Any, item: Any) -> str:
         choices = task.doc_to_choice(item)
         if blank := [index for index, choice in enumerate(choices) if not choice]:
             return f"has an empty choice, number {blank[0]} of {len(choices)} (from 0)"
+        if own:
+            return ""
         found = right_answers(task, item)
-        if own or (found and all(_is_among(answer, choices) for answer in found)):
+        if found and all(_is_among(answer, choices) for answer in found):
             return ""
         told = " or ".join(map(repr, found)) or "nothing"
         return f"has {told} for the right one of {len(choices)} choices"
@@ -47,4 +50,6 @@ def _fault(task: Any, item: Any) -> str:
 
 
 def _is_among(answer: Any, choices: list[str]) -> bool:
-    return answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
+    if isinstance(answer, str):
+        return answer in choices
+    return isinstance(answer, Real) and 0 <= answer < len(choices)
