@@ -31,7 +31,10 @@ def right_answers(task: Any, item: Any) -> list[Any]:
 
 
 def _fault(task: Any, item: Any) -> str:
-    own = callable(task.config.process_results)
+    from lm_eval.api.task import ConfigurableTask
+
+    default = ConfigurableTask.process_results
+    own = callable(task.config.process_results) or type(task).process_results is not default
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(item)
         if blank := [index for index, choice in enumerate(choices) if not choice]:
@@ -52,4 +55,4 @@ def _fault(task: Any, item: Any) -> str:
 def _is_among(answer: Any, choices: list[str]) -> bool:
     if isinstance(answer, str):
         return answer in choices
-    return isinstance(answer, Real) and 0 <= answer < len(choices)
+    return isinstance(answer, Real) and 0 <= float(answer) < len(choices)
