@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctdbench.errors import UserError
+from ctdbench.errors import RunError
 from ctdbench.text.edit_distance import minimum_edit_map
 from ctdbench.text.prefixes import PrefixMap
 from ctdbench.text.projection import (
@@ -265,23 +265,23 @@ class Term:
 
 
 def checked(terms: Any) -> dict[str, Term]:
-    """What a method gave as its terms, if it is that; raises UserError naming what is not."""
+    """What a method gave as its terms, if it is that; raises RunError naming what is not."""
     hint = "give {NAME: Term(total, count)}, both scalar tensors"
     if not isinstance(terms, Mapping):
-        raise UserError(f"the method's terms are of type {type(terms).__name__}", hint)
+        raise RunError(f"terms() gives a {type(terms).__name__}", hint)
     for name, term in terms.items():
         if not (isinstance(name, str) and name.isidentifier()) or name in LOGGED:
-            raise UserError(
-                f"the method's term {name!r} has no name of its own in the log",
+            raise RunError(
+                f"term {name!r} has no name of its own in the log",
                 f"take letters, digits and _, and none of {', '.join(LOGGED)}",
             )
         if not isinstance(term, Term):
-            raise UserError(f"the method's term {name} is of type {type(term).__name__}", hint)
+            raise RunError(f"term {name} is of type {type(term).__name__}", hint)
         for part, value in (("total", term.total), ("count", term.count)):
             if not isinstance(value, Tensor) or value.ndim:
                 shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
                 told = f"a {type(value).__name__}{shape}"
-                raise UserError(f"the {part} of the method's term {name} is {told}", hint)
+                raise RunError(f"the {part} of term {name} is {told}", hint)
     return dict(terms)
 
 

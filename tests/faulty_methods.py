@@ -180,12 +180,12 @@ LINES: dict[str, tuple[dict[str, str], str, str]] = {
     "no term": (
         {"return Term(gap.square().sum(), size(own))": "return gap.square().sum()"},
         "terms",
-        r"the method's term match is of type Tensor\. give \{NAME: Term\(total, count\)\}, both .*",
+        r"term match is of type Tensor\. give \{NAME: Term\(total, count\)\}, both .*",
     ),
     "a column of the log": (
         {'"match": self.match': '"loss": self.match'},
         "terms",
-        r"the method's term 'loss' has no name of its own in the log\. take letters, .*",
+        r"term 'loss' has no name of its own in the log\. take letters, .*",
     ),
     "an option": (
         {'"floor": "zero",': '"exceptions": {"padding if wait=1": "why"},'},

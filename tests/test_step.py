@@ -371,11 +371,11 @@ ONE = torch.ones(())
 @pytest.mark.parametrize(
     ("terms", "complaint"),
     [
-        (None, "terms are of type NoneType"),
-        (ONE, "terms are of type Tensor"),
+        (None, "gives a NoneType"),
+        (ONE, "gives a Tensor"),
         ({"kl": ONE}, "term kl is of type Tensor"),
-        ({"kl": Term(torch.ones(3), ONE)}, r"the total of the method's term kl is a Tensor \[3\]"),
-        ({"kl": Term(ONE, 7)}, "the count of the method's term kl is a int"),  # type: ignore[arg-type]
+        ({"kl": Term(torch.ones(3), ONE)}, r"the total of term kl is a Tensor \[3\]"),
+        ({"kl": Term(ONE, 7)}, "the count of term kl is a int"),  # type: ignore[arg-type]
         ({"loss": Term(ONE, ONE)}, "term 'loss' has no name of its own in the log"),
         ({"step": Term(ONE, ONE)}, "term 'step' has no name"),
         ({"a b": Term(ONE, ONE)}, "term 'a b' has no name"),
@@ -384,7 +384,7 @@ ONE = torch.ones(())
 )
 def test_what_is_no_term_is_named(terms: Any, complaint: str) -> None:
     step, found = custom_step(Gives(terms))
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(RunError, match=complaint):
         step.gradients([batch_of(found)])
 
 
