@@ -26,7 +26,7 @@ from ctdbench.distill import balance
 from ctdbench.distill.setting import balancing
 from ctdbench.distill.step import Balance, Step
 from ctdbench.errors import UserError
-from ctdbench.method import create
+from ctdbench.method import Method, MethodOptions, create
 
 NORMS = st.dictionaries(st.sampled_from("abcd"), st.floats(1e-4, 1e2), min_size=1)
 CASES: list[tuple[Balance, str, dict[str, Any]]] = [
@@ -186,6 +186,18 @@ def test_a_weight_that_ratio_takes_back_is_refused(
         return
     with pytest.raises(UserError, match=rf"^method.{idle} has no effect: train.balance=ratio"):
         balancing(spec, found)
+
+
+def test_a_weight_without_a_default_is_never_taken_back() -> None:
+    class Options(MethodOptions):
+        own_weight: float
+
+    class Weighted(Method):
+        def weights(self) -> dict[str, float]:
+            return {"own": 2 * self.options.own_weight}  # type: ignore[attr-defined]
+
+    method = Weighted(Options(own_weight=3.0))
+    assert balancing(run_spec("sft", balance="ratio"), method) == "ratio"
 
 
 def test_gradmag_without_cross_entropy_refuses_the_weight_of_its_only_term() -> None:

@@ -201,7 +201,7 @@ def positions(model: Any) -> int | None:
     """Tokens that a model reads at once; None where its configuration does not say."""
     config = base_model(model).config.get_text_config()
     found: int | None = getattr(config, "max_position_embeddings", None)
-    return found
+    return found if found and found > 0 else None  # some say -1
 
 
 def load_side(spec: ModelSpec, *, trust_remote_code: bool = False) -> Side:

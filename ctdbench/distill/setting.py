@@ -148,6 +148,8 @@ def _idle_weight(method: Method, rule: Balance) -> str | None:
 def _is_common_factor(method: Method, option: str) -> bool:
     """Whether the option, other than by default, multiplies all terms' weights alike."""
     default, own = type(method.options).model_fields[option].default, method.weights()
+    if not isinstance(default, int | float):
+        return False
     usual = type(method)(method.options.model_copy(update={option: default})).weights()
     factors = {weight / usual[name] for name, weight in own.items() if usual.get(name)}
     return own.keys() == usual.keys() and len(factors) == 1 and not factors & {0.0, 1.0}
