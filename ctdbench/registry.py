@@ -65,7 +65,10 @@ def add_plugin(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"plugin {path} is no file")
     name = check_name(_method_name(path), "plugin")
-    if (shipped_methods() / f"{name.replace('-', '_')}.py").is_file():
+    shipped = shipped_methods() / f"{name.replace('-', '_')}.py"
+    if shipped.is_file() and not shipped.samefile(
+        path
+    ):  # one that is being written there is itself
         raise UserError(f"plugin {path}: there is a method {name} already", "rename the file")
     _plugins[name] = path
     return name
@@ -82,7 +85,7 @@ def load_method(name: str) -> type[Method]:
     hint = "a method file ends in METHOD = YourClass"
     if info.entry_point:
         where = f"entry point {info.entry_point.value}"
-        hint = "an entry point is PACKAGE.MODULE:CLASS"
+        hint = "an entry point is PACKAGE.MODULE:CLASS, or a module with METHOD = YourClass"
     try:
         loaded = info.entry_point.load() if info.entry_point else _import(info).METHOD
     except (Exception, SystemExit) as error:

@@ -188,13 +188,15 @@ def test_a_weight_that_ratio_takes_back_is_refused(
         balancing(spec, found)
 
 
-def test_a_weight_without_a_default_is_never_taken_back() -> None:
+def test_of_a_plugins_weights_nothing_is_refused() -> None:
+    """It may have further terms, which weigh 1 as long as `weights` does not name them."""
+
     class Options(MethodOptions):
-        own_weight: float
+        own_weight: float = 1.0
 
     class Weighted(Method):
         def weights(self) -> dict[str, float]:
-            return {"own": 2 * self.options.own_weight}  # type: ignore[attr-defined]
+            return {"own": self.options.own_weight}  # type: ignore[attr-defined]
 
     method = Weighted(Options(own_weight=3.0))
     assert balancing(run_spec("sft", balance="ratio"), method) == "ratio"

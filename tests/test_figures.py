@@ -307,6 +307,8 @@ def test_rows_that_no_task_tells_apart_are_joined_whatever_their_ranks() -> None
     some = replace(standing(1.0, "abc"), p={("a", "c"): 0.0, ("c", "a"): 0.0})
     assert cliques(_apart(averages, 0.5, [some])) == [(0, 1), (1, 2)]
     assert cliques(_apart(averages, 0.5, [None])) == [(0, 2)]
+    close = replace(standing(1.0, "abc"), p={("a", "b"): 0.0, ("b", "a"): 0.0})
+    assert cliques(_apart(averages, 0.5, [close])) == [(0, 2)]  # a and c are not told apart
 
 
 def test_ranks_are_averaged_over_columns_in_the_direction_of_each() -> None:

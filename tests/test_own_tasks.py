@@ -248,11 +248,18 @@ UNANSWERED = [
         {"doc_to_target: 0": "doc_to_target: \"{{ 5 if country == 'Egypt' else 0 }}\""},
         "item 2 has 5 for the right one of 2 choices",
     ),
-    (
-        {"[right, wrong]": "[right, '' if country == 'Japan' else wrong]"},
-        "item 1 has an empty choice, number 1 of 2",
-    ),
     (WRITTEN | {"doc_to_target: 0": "doc_to_target: ''"}, "item 0 has no right answer"),
+    (
+        WRITTEN | {"doc_to_target: 0": "doc_to_target: !function scores.none"},
+        "item 0 has no right answer",
+    ),
+    (
+        {
+            **{old: new for old, new in WRITTEN.items() if "doc_to_choice" not in old},
+            "doc_to_target: 0": "doc_to_target: -1",
+        },
+        "item 0 has -1 for the right one of 2 choices",
+    ),
 ]
 
 

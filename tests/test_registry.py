@@ -198,6 +198,11 @@ def test_a_plugin_may_not_have_the_name_of_a_shipped_method(file: str, tmp_path:
         registry.add_plugin(write(tmp_path, file, PLUGIN))
 
 
+def test_a_method_that_is_written_among_the_shipped_ones_may_be_tried_as_a_plugin() -> None:
+    path = registry.shipped_methods() / "h_kl.py"
+    assert registry.add_plugin(path) == "h-kl"
+
+
 def test_a_plugin_that_is_no_file_or_has_no_proper_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no file"):
         registry.add_plugin(tmp_path / "absent.py")

@@ -141,6 +141,8 @@ def _idle_weight(method: Method, rule: Balance) -> str | None:
         return "ce_weight"
     if rule == "fixed" or (rule == "gradmag" and options.ce_weight):
         return None
+    if not type(method).__module__.startswith("ctdbench_methods."):
+        return None  # a plugin may have terms that weights() does not name, and that weigh 1
     stated = (name for name in fields if name.endswith("weight") and name != "ce_weight")
     return next((name for name in stated if _is_common_factor(method, name)), None)
 
@@ -148,8 +150,6 @@ def _idle_weight(method: Method, rule: Balance) -> str | None:
 def _is_common_factor(method: Method, option: str) -> bool:
     """Whether the option, other than by default, multiplies all terms' weights alike."""
     default, own = type(method.options).model_fields[option].default, method.weights()
-    if not isinstance(default, int | float):
-        return False
     usual = type(method)(method.options.model_copy(update={option: default})).weights()
     factors = {weight / usual[name] for name, weight in own.items() if usual.get(name)}
     return own.keys() == usual.keys() and len(factors) == 1 and not factors & {0.0, 1.0}

@@ -10,10 +10,10 @@ from ctdbench.errors import UserError
 
 
 def require_answers(name: str, task: Any, limit: int | None = None) -> None:
-    """Raise UserError for an item whose choices or right answer cannot be scored.
+    """Raise UserError for an item whose right answer is not told.
 
-    task: of lm-eval. limit: how many of its items are evaluated; None: all. Where the task has a
-    `process_results` of its own, that knows what is right, and only the choices are looked at.
+    task: of lm-eval. limit: how many of its items are evaluated; None: all. Nothing is asked of a
+    task with a `process_results` of its own, which knows what is right.
     """
     for number, item in enumerate(islice(iter(task.eval_docs), limit)):
         if fault := _fault(task, item):
@@ -35,21 +35,20 @@ def _fault(task: Any, item: Any) -> str:
 
     default = ConfigurableTask.process_results
     own = callable(task.config.process_results) or type(task).process_results is not default
-    if task.OUTPUT_TYPE == "multiple_choice":
-        choices = task.doc_to_choice(item)
-        if blank := [index for index, choice in enumerate(choices) if not choice]:
-            return f"has an empty choice, number {blank[0]} of {len(choices)} (from 0)"
-        if own:
-            return ""
-        found = right_answers(task, item)
-        if found and all(_is_among(answer, choices) for answer in found):
-            return ""
-        told = " or ".join(map(repr, found)) or "nothing"
-        return f"has {told} for the right one of {len(choices)} choices"
-    if task.OUTPUT_TYPE == "loglikelihood_rolling" or own:
+    if own or task.OUTPUT_TYPE == "loglikelihood_rolling":
         return ""
-    blank_text = not any(str(answer).strip() for answer in right_answers(task, item))
-    return "has no right answer, its target is empty" if blank_text else ""
+    found = right_answers(task, item)
+    if task.OUTPUT_TYPE != "multiple_choice" and task.config.doc_to_choice is None:
+        return "has no right answer, its target is empty" if all(map(_is_blank, found)) else ""
+    choices = task.doc_to_choice(item)
+    if found and all(_is_among(answer, choices) for answer in found):
+        return ""
+    told = " or ".join(map(repr, found)) or "nothing"
+    return f"has {told} for the right one of {len(choices)} choices"
+
+
+def _is_blank(answer: Any) -> bool:
+    return answer is None or answer != answer or not str(answer).strip()
 
 
 def _is_among(answer: Any, choices: list[str]) -> bool:

@@ -205,7 +205,7 @@ def gold(case: TaskCase) -> str:
     choices = tasks[0].doc_to_choice(item) if tasks[0].config.doc_to_choice is not None else None
     found = right_answers(tasks[0], item)
     shown = [choices[one] if choices and isinstance(one, int) else one for one in found]
-    return " or ".join(json.dumps(one, ensure_ascii=False) for one in shown)
+    return " or ".join(json.dumps(one, ensure_ascii=False, default=str) for one in shown)
 
 
 def _tasks(case: TaskCase) -> list[Any]:

@@ -78,11 +78,17 @@ def _apart(
     """Which rows are told apart, [k, k]: by their ranks' distance and by a task.
 
     Nemenyi's test takes tasks for independent. They share texts and seeds, so that it alone would
-    tell equal rows apart in two fifths of some tables; the tasks' own tests do not assume it.
+    tell equal rows apart in two fifths of some tables; the tasks' own tests do not assume it. A
+    task may tell close rows apart and not distant ones (of noisier seeds); bars join neighbours, so
+    two rows are apart only if all pairs of rows beyond them are, too.
     """
     ranks, known = list(averages.values()), [found for found in standings if found]
     by_task = [[told_apart(known, a, b) for b in averages] for a in averages]
-    return (np.abs(np.subtract.outer(ranks, ranks)) >= distance) & np.array(by_task)
+    apart = (np.abs(np.subtract.outer(ranks, ranks)) >= distance) & np.array(by_task)
+    upper = apart.copy()
+    for first, last in zip(*np.triu_indices(len(ranks), 1), strict=True):
+        upper[first, last] = apart[: first + 1, last:].all()
+    return np.triu(upper, 1) | np.triu(upper, 1).T
 
 
 def cliques(apart: NDArray[np.bool_]) -> list[tuple[int, int]]:
