@@ -66,9 +66,8 @@ def add_plugin(path: Path) -> str:
         raise UserError(f"plugin {path} is no file")
     name = check_name(_method_name(path), "plugin")
     shipped = shipped_methods() / f"{name.replace('-', '_')}.py"
-    if shipped.is_file() and not shipped.samefile(
-        path
-    ):  # one that is being written there is itself
+    # A method that is being written among the shipped ones is itself.
+    if shipped.is_file() and not shipped.samefile(path):
         raise UserError(f"plugin {path}: there is a method {name} already", "rename the file")
     _plugins[name] = path
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,11 @@ def _apart(
     """
     ranks, known = list(averages.values()), [found for found in standings if found]
     by_task = [[told_apart(known, a, b) for b in averages] for a in averages]
-    apart = (np.abs(np.subtract.outer(ranks, ranks)) >= distance) & np.array(by_task)
-    upper = apart.copy()
-    for first, last in zip(*np.triu_indices(len(ranks), 1), strict=True):
-        upper[first, last] = apart[: first + 1, last:].all()
-    return np.triu(upper, 1) | np.triu(upper, 1).T
+    told = (np.abs(np.subtract.outer(ranks, ranks)) >= distance) & np.array(by_task)
+    apart = np.zeros_like(told)
+    for first, last in combinations(range(len(ranks)), 2):
+        apart[first, last] = apart[last, first] = told[: first + 1, last:].all()
+    return apart
 
 
 def cliques(apart: NDArray[np.bool_]) -> list[tuple[int, int]]:
