@@ -25,6 +25,7 @@ from ctdbench.evaluate import (
 )
 from ctdbench.evaluate.answers import require_answers
 from ctdbench.evaluate.loading import load_tasks
+from ctdbench.evaluate.shots import require_examples
 from ctdbench.evaluate.task_files import CORPUS_METRICS, task_dir
 from ctdbench.launch import grid
 from ctdbench.launch.check import task as check_task
@@ -278,6 +279,58 @@ def test_items_without_a_right_answer_are_refused_before_training(
     found = {f.name: f for f in check_task.check(check_task.TaskCase.of(str(path)))}
     assert found["gold"].status == "FAIL"
     assert complaint in found["gold"].text
+
+
+FIVE = {"task: capitals\n": "task: capitals\nnum_fewshot: 5\n"}
+SHOWN = [
+    (FIVE, "its 5 few-shot examples come from 'test', the split that is evaluated"),
+    (
+        FIVE | {"test_split: test\n": "test_split: test\nfewshot_split: test\n"},
+        "num_fewshot is 5, and there are 2 items",
+    ),
+    (
+        FIVE | {"test_split: test\n": "validation_split: test\nfewshot_split: test\n"},
+        "its 5 few-shot examples come from 'test', the split that is evaluated",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "complaint"), SHOWN)
+def test_examples_that_show_the_answer_or_are_too_few_are_refused_before_training(
+    changes: dict[str, str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval would draw the item that is asked among its own examples."""
+    monkeypatch.chdir(tmp_path)
+    path = write_capitals(tmp_path, changes)
+    cell = ["run", "--method", "sft", "--pair", "tiny", "--budget", "1kB"]
+    outcome = CliRunner().invoke(app, [*cell, "--task", str(path)])
+    assert outcome.exit_code == 2, outcome.output
+    assert f"task capitals: {complaint}" in outcome.stderr
+    assert not list(Path("runs").rglob("metrics.jsonl"))
+    found = {f.name: f for f in check_task.check(check_task.TaskCase.of(str(path)))}
+    assert found["prompt"].status == "FAIL"
+    assert complaint in found["prompt"].text
+
+
+def test_examples_from_elsewhere_or_that_leave_the_item_out(tmp_path: Path) -> None:
+    two = {"task: capitals\n": "task: capitals\nnum_fewshot: 2\n"}
+    sources = (
+        "test_split: test\nfewshot_split: test\n",
+        "test_split: test\nfewshot_config:\n  samples:\n"
+        "    - {country: Peru, right: Lima, wrong: Cusco}\n"
+        "    - {country: Chad, right: Moundou, wrong: Abéché}\n",
+    )
+    for number, source in enumerate(sources):
+        place = tmp_path / str(number)
+        place.mkdir()
+        path = write_capitals(place, two | {"test_split: test\n": source})
+        (task,) = load_tasks("capitals", {}, [path])["tasks"].values()
+        require_examples("capitals", task)
+        task.set_fewshot_seed(0)
+        for item in task.eval_docs:
+            shown = task.fewshot_context(item, 2).removesuffix(task.doc_to_text(item))
+            assert shown.count("The capital of") == 2
+            assert item["country"] not in shown
 
 
 def test_items_past_the_limit_and_of_a_task_that_scores_itself_need_no_answer(

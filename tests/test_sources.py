@@ -156,6 +156,10 @@ def test_an_answer_that_cannot_be_used_leaves_the_corpuss_text(
         spec, setting.student, setting.student.model, setting.teachers, torch.device("cpu")
     )
     assert writer.examples(examples[:3], 0) == (examples[:3], {"on-policy without text": 3})
+    monkeypatch.undo()
+    monkeypatch.setattr(writer.teachers[0].model.config, "max_position_embeddings", 4)
+    found = writer.examples(examples[:3], 0)
+    assert found == (examples[:3], {"on-policy longer than a model's positions": 3})
 
 
 def test_a_piece_within_an_answer_goes_on_or_stays() -> None:

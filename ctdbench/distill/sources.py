@@ -157,8 +157,8 @@ class OnPolicy:
         )
         made, counts = list(batch), Counter[str]()
         for index, answer in zip(chosen, answers, strict=True):
-            found = self._example(answer)
-            counts["on-policy" if found else "on-policy without text"] += 1
+            found, outcome = self._example(answer)
+            counts[outcome] += 1
             made[index] = found or made[index]
         return made, dict(counts)
 
@@ -169,11 +169,15 @@ class OnPolicy:
         draw = random.Random(f"ctdbench/on-policy/{self.spec.seed}/{document.text}").random()
         return draw < share
 
-    def _example(self, answer: Document | None) -> Example | None:
+    def _example(self, answer: Document | None) -> tuple[Example | None, str]:
+        """And what is counted: "on-policy", or why the corpus's own text stays."""
         if answer is None:
-            return None
+            return None, "on-policy without text"
         template = self.spec.train.template
-        found, _ = build_examples(
+        found, skipped = build_examples(
             [answer], self.student, self.teachers[0], template, self.teachers[1:]
         )
-        return found[0] if found else None
+        if found:
+            return found[0], "on-policy"
+        (reason,) = skipped
+        return None, f"on-policy {reason.partition(' (')[0]}"  # without what helps a corpus

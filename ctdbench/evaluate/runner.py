@@ -22,6 +22,7 @@ from ctdbench.evaluate.catalog import (
 )
 from ctdbench.evaluate.hub_data import commits
 from ctdbench.evaluate.loading import load_tasks, task_rows
+from ctdbench.evaluate.shots import require_examples
 from ctdbench.evaluate.task_files import task_configs
 from ctdbench.spec import EvalSpec
 
@@ -162,6 +163,7 @@ def _run_task(
     limit = items and math.ceil(items / max(len(info.subsets), 1))
     for task in loaded["tasks"].values():
         require_answers(info.name, task, limit)
+        require_examples(info.name, task)
     with undisturbed(request.student, request.tokenizer):
         model = PinnedLM(
             request.student,

@@ -22,6 +22,7 @@ from ctdbench.errors import UserError
 from ctdbench.evaluate import EvaluationRequest, TaskInfo, available_tasks, check_tasks, evaluate
 from ctdbench.evaluate.answers import require_answers, right_answers
 from ctdbench.evaluate.loading import load_tasks, task_rows
+from ctdbench.evaluate.shots import require_examples
 from ctdbench.evaluate.task_files import (
     WITHOUT_FILE,
     Config,
@@ -188,7 +189,10 @@ def _loaded(case: TaskCase) -> list[dict[str, Any]]:
 
 def prompt(case: TaskCase) -> str:
     """What a model reads of the first item, few-shot examples included, from its end."""
-    task = _tasks(case)[0]
+    tasks = _tasks(case)
+    for task in tasks:
+        require_examples(case.name, task)
+    task = tasks[0]
     task.build_all_requests(limit=1, rank=0, world_size=1)
     text = str(task.instances[0].args[0])
     return ("…" if len(text) > SHOWN else "") + json.dumps(text[-SHOWN:], ensure_ascii=False)
