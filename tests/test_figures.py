@@ -28,6 +28,7 @@ from example_figures import (
 )
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ctdbench import results
 from ctdbench.errors import UserError
@@ -256,12 +257,13 @@ def test_cost_takes_a_log_axis_for_a_wide_span_and_one_kind_of_device() -> None:
     assert isinstance(figures.FIGURES["cost"](table_of(rows[3:]), {}), str)
 
 
-def test_labels_cover_neither_each_other_nor_points() -> None:
+def test_labels_cover_neither_each_other_nor_points_nor_bars() -> None:
     draw = random.Random(1)
     axes = Figure((3, 2), dpi=100).subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     points = {f"method-{n}": (draw.random(), draw.random()) for n in range(40)}
-    left_out = place(axes, points, points)
+    bars = [(x, y - 0.05, y + 0.05) for x, y in list(points.values())[:5]]
+    left_out = place(axes, points, points, bars)
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) + len(left_out) == len(points)
     assert left_out
@@ -269,6 +271,9 @@ def test_labels_cover_neither_each_other_nor_points() -> None:
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     middles = axes.transData.transform(list(points.values()))
     assert not any(box.contains(*middle) for box in boxes for middle in middles)
+    for x, low, high in bars:
+        upright = Bbox(axes.transData.transform([(x, low), (x, high)]))
+        assert not any(box.overlaps(upright) for box in boxes)
 
 
 # The critical-difference diagram

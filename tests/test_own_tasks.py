@@ -286,7 +286,7 @@ SHOWN = [
     (FIVE, "its 5 few-shot examples come from 'test', the split that is evaluated"),
     (
         FIVE | {"test_split: test\n": "test_split: test\nfewshot_split: test\n"},
-        "num_fewshot is 5, and there are 2 items",
+        "num_fewshot is 5, with 2 items",
     ),
     (
         FIVE | {"test_split: test\n": "validation_split: test\nfewshot_split: test\n"},

@@ -29,7 +29,7 @@ def require_examples(name: str, task: Any) -> None:
         )
     if (there := len(task.sampler.df) - leaves_out) < shots:
         raise UserError(
-            f"task {name}: num_fewshot is {shots}, and there are {there} items to take examples from",
+            f"task {name}: num_fewshot is {shots}, with {there} items to take examples from",
             f"lower it, or {_HINT}",
         )
 

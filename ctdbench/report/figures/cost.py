@@ -90,6 +90,14 @@ def _points(
     }
 
 
+def _interval(column: Column, row: Row) -> tuple[float, float] | None:
+    """The ends of the row's 95 % interval, as they are drawn; None where there is none."""
+    score = row.scores[column]
+    if score.low is None or score.high is None:
+        return None
+    return style.shown(column, score.low), style.shown(column, score.high)
+
+
 def _panel(
     axes: Axes,
     rows: list[Row],
@@ -101,10 +109,8 @@ def _panel(
     for row in rows:
         if row.label not in points:
             continue
-        score, mark = row.scores[column], marks[row.label]
-        spent, value = points[row.label]
-        if score.low is not None and score.high is not None:
-            ends = [style.shown(column, end) for end in (score.low, score.high)]
+        mark, (spent, value) = marks[row.label], points[row.label]
+        if ends := _interval(column, row):
             axes.plot([spent] * 2, ends, color=mark.colour, lw=0.7, label=f"_{row.label}")
         look = style.point(mark, hollow=style.too_few_seeds(row))
         axes.plot(spent, value, label=row.label, **look)
@@ -148,7 +154,12 @@ def _label_front(axes: Axes, rows: list[Row], column: Column, costs: Mapping[str
     used = Counter(first.values())
     names = {label: word if used[word] == 1 else label for label, word in first.items()}
     front = [names[label] for label in pareto_front(points, column.lower_is_better)]
-    place(axes, {names[label]: point for label, point in points.items()}, front)
+    bars = [
+        (points[row.label][0], *ends)
+        for row in rows
+        if row.label in points and (ends := _interval(column, row))
+    ]
+    place(axes, {names[label]: point for label, point in points.items()}, front, bars)
 
 
 def _remarks(table: Table, rows: list[Row]) -> Iterator[str]:

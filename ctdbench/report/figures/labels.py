@@ -18,16 +18,22 @@ SIDES = [
 
 
 def place(
-    axes: Axes, points: Mapping[str, tuple[float, float]], labels: Iterable[str]
+    axes: Axes,
+    points: Mapping[str, tuple[float, float]],
+    labels: Iterable[str],
+    bars: Iterable[tuple[float, float, float]] = (),
 ) -> list[str]:
-    """Label these points so that no label covers another, a point or the axes' edge.
+    """Label these points so that no label covers another, a point, a bar or the axes' edge.
 
-    The figure's layout must be done. Returns the labels for which no side had room.
+    bars: x, lower and upper end of upright lines. The figure's layout must be done. Returns the
+    labels for which no side had room.
     """
     inside = axes.get_window_extent()
     radius = AWAY * 0.6 * axes.figure.dpi / 72
     middles = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius) for x, y in middles]
+    for x, low, high in bars:
+        taken.append(Bbox(axes.transData.transform([(x, low), (x, high)])))
     left_out = []
     for label in labels:
         for x, y, across, up in SIDES:
