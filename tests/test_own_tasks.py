@@ -31,6 +31,10 @@ from ctdbench.launch import grid
 from ctdbench.launch.check import task as check_task
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+SCORED_BY_LM_EVAL = {
+    "process_results: !function scores.made\n": "",
+    "  - {metric: spread, aggregation: mean, higher_is_better: true}\n": "",
+}
 
 
 def build(*tasks: str, **more: object) -> request.RunSpec:
@@ -109,7 +113,11 @@ class TestIdentity:
             "dataset_kwargs: {data_files: {test: here/capitals.jsonl}}\n"
         )
         before = task_content(["plain"], None, [own])
+        own.write_text(own.read_text().replace("capitals.jsonl", "*.jsonl"))
+        by_pattern = task_content(["plain"], None, [own])
         Path("here/capitals.jsonl").write_text("{}\n")
+        assert task_content(["plain"], None, [own]) != by_pattern
+        own.write_text(own.read_text().replace("*.jsonl", "capitals.jsonl"))
         assert task_content(["plain"], None, [own]) != before
 
     def test_it_leaves_the_other_tasks_alone(self) -> None:
@@ -136,6 +144,31 @@ def test_it_is_evaluated_and_looked_for_in_the_corpus(tmp_path: Path) -> None:
     assert len(found.samples["capitals"]) == 3
     assert found.settings["tasks"]["capitals"]["metric"] == "acc"
     assert task_texts("capitals", None, [path])[0] == "France\nParis\nLyon"
+
+
+@pytest.mark.parametrize(
+    ("changes", "chance"),
+    [
+        ({}, 0.5),
+        ({"metric: acc,": "metric: acc_mutual_info,", "primary: acc": "primary: x"}, 0.5),
+        ({"doc_to_target: 0": "doc_to_target: [0, 1]"}, 1.0),
+        (
+            {
+                "output_type: multiple_choice": "output_type: loglikelihood",
+                'doc_to_choice: "{{[right, wrong]}}"\n': "",
+                "doc_to_target: 0": 'doc_to_target: "{{right}}"',
+            },
+            None,  # among all texts, not among choices
+        ),
+    ],
+)
+def test_what_a_guesser_would_score(
+    changes: dict[str, str], chance: float | None, tmp_path: Path
+) -> None:
+    path = write_capitals(tmp_path, SCORED_BY_LM_EVAL | changes)
+    tokenizer = bpe_tokenizer()
+    asked = EvaluationRequest(tiny_model(tokenizer), tokenizer, ("capitals",), extra_tasks=(path,))
+    assert [row.get("chance") for row in evaluate(asked).samples["capitals"]] == [chance] * 3
 
 
 @pytest.mark.parametrize(
@@ -178,6 +211,9 @@ def test_a_group_of_ones_own(tmp_path: Path) -> None:
     asked = EvaluationRequest(tiny_model(tokenizer), tokenizer, ("both",), extra_tasks=(group,))
     rows = evaluate(asked).samples["both"]
     assert [row["subset"] for row in rows] == ["first"] * 3 + ["second"] * 3
+    group.write_text(group.read_text().replace(", weight_by_size: false", ""))  # by size, then
+    with pytest.raises(UserError, match="aggregate_metric_list weighs acc by the tasks' size"):
+        evaluate(asked)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +266,6 @@ def test_what_breaks_in_it_breaks_before_training(
     assert not list(Path("runs").rglob("metrics.jsonl"))
 
 
-SCORED_BY_LM_EVAL = {
-    "process_results: !function scores.made\n": "",
-    "  - {metric: spread, aggregation: mean, higher_is_better: true}\n": "",
-}
 WRITTEN = {
     "output_type: multiple_choice": "output_type: generate_until",
     'doc_to_choice: "{{[right, wrong]}}"\n': "",

@@ -99,8 +99,8 @@ def check_tasks(
 
     With `data_dir` every file that a task declares must lie there; a task that declares none takes
     its data set from the hub in any case. Raises UserError for an unknown task, a missing file or a
-    metric that is no mean over items, PreflightError for a data set that is neither in the local
-    cache nor reachable on the hub.
+    score that is no mean over items or tasks, PreflightError for a data set that is neither in the
+    local cache nor reachable on the hub.
     """
     configs = task_configs(extra_tasks)
     known = {info.name: info for info in _listed(configs)}
@@ -117,6 +117,13 @@ def check_tasks(
 
 
 def _require_means(name: str, configs: Mapping[str, Config]) -> None:
+    for entry in configs.get(name, {}).get("aggregate_metric_list") or ():
+        if entry.get("weight_by_size", True):  # lm-eval's default
+            raise UserError(
+                f"task {name}: a group's score is the mean of its tasks' scores, and "
+                f"aggregate_metric_list weighs {entry['metric']} by the tasks' size",
+                "say weight_by_size: false, or make one task of all items",
+            )
     for leaf in leaf_configs(name, configs) if name in configs else ():
         for entry in leaf.get("metric_list") or ():
             if not is_mean(leaf, entry):

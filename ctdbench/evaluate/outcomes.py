@@ -92,7 +92,8 @@ def collect(samples: Sequence[Mapping[str, Any]], byte_weighted: bool) -> list[R
             ]
             row["id"] = sample_id(sample["doc_id"], shown, sample["target"])
             row["weight"] = float(len(shown[0][0].encode())) if byte_weighted else 1.0
-            if "acc" in sample["metrics"]:
+            accuracies = [name for name in sample["metrics"] if name.startswith("acc")]
+            if accuracies and len(sample["resps"]) > 1:
                 row["chance"] = _chance(sample)
         suffix = f",{sample['filter']}" if len(filters) > 1 else ""
         row |= {name + suffix: _number(name, sample[name]) for name in sample["metrics"]}
@@ -103,9 +104,11 @@ def collect(samples: Sequence[Mapping[str, Any]], byte_weighted: bool) -> list[R
 
 
 def _chance(sample: Mapping[str, Any]) -> float:
-    """How often a guesser is right: several answers can be."""
-    target = sample["target"]
-    return (len(target) if isinstance(target, list) else 1) / len(sample["resps"])
+    """How often a guesser among the choices is right: several answers can be."""
+    target, choices = sample["target"], len(sample["resps"])
+    if "acc_mutual_info" in sample["metrics"]:
+        choices //= 2  # each was asked without its question, too
+    return (len(target) if isinstance(target, list) else 1) / choices
 
 
 def _number(name: str, value: Any) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -212,8 +213,10 @@ def _includes(path: Path, config: Config) -> list[Path]:
 
 
 def local_data(leaf: Config) -> Iterator[Path]:
-    """The files that lm-eval's own loaders of local data would read."""
-    return (path for path in _data_files(leaf) if path.is_file())
+    """The files that lm-eval's own loaders of local data would read, patterns resolved."""
+    for path in _data_files(leaf):
+        found = map(Path, sorted(glob(str(path), recursive=True)))
+        yield from (file for file in ([path] if path.is_file() else found) if file.is_file())
 
 
 def _data_files(leaf: Config, split: str | None = None) -> Iterator[Path]:
