@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 import tracemalloc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,3 +103,17 @@ def bytecodes(call: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+class Casts(TorchDispatchMode):
+    """How often each weight of a model is cast to bfloat16."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
+        self.found = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.names:
+            self.found[self.names[args[0].data_ptr()]] += 1
+        return func(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from counted_allocations import Casts
 from harness_setup import (
     batch_of,
     documents,
@@ -62,6 +63,13 @@ def store(
 ) -> None:
     tokens = [example.teacher.sequence.ids for example in found]
     store_states(teacher, tokens, needs, limit, Accelerator(cpu=True))
+
+
+def test_weights_are_cast_once_for_all_documents() -> None:
+    side = llama_side("teacher")
+    with Casts(side.model) as casts:
+        store(Teacher(side, teacher_of(side).trie, "bfloat16", identity="one"), made(6))
+    assert set(casts.found.values()) == {1}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

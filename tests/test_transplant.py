@@ -395,9 +395,9 @@ def test_a_cache_repeated_for_several_continuations() -> None:
 
 def test_the_teacher_tasks_read_it_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, own = with_subwords(), tokenizers.byte_tokenizer()
-    whole = divergence.ByteModel(model, own, False).distributions(TEXT)
+    whole = divergence.ByteModel(model, own).distributions(TEXT)
     monkeypatch.setattr(divergence, "ROWS", 7)
-    pieces = divergence.ByteModel(model, own, False).distributions(TEXT)
+    pieces = divergence.ByteModel(model, own).distributions(TEXT)
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
 
 

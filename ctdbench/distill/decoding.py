@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ctdbench.distill.growing_cache import growing_cache
-from ctdbench.distill.precision import autocast
+from ctdbench.distill.precision import autocast, casts_kept
 from ctdbench.errors import UserError
 
 WIDTH_STEP = 32  # prompts are padded to multiples of it: few shapes, for which kernels are built
@@ -124,24 +124,13 @@ class _Draw:
 def writing(model: Any, precision: str) -> Iterator[Any]:
     """The model ready for `write_tokens`, by its logits alone; outside it is as it was found."""
     training = [module for module in model.modules() if module.training]
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     settings = model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # no repetition penalty of the model's own
-    # Autocast keeps the cast of a weight only if that asks for a gradient; a frozen model would be
-    # cast anew for every token, at a third of the speed.
-    _ask_for_gradients(frozen, precision == "bfloat16")
     try:
-        with torch.no_grad(), autocast(model.device, precision):
+        with casts_kept(model, precision), autocast(model.device, precision):
             yield model
     finally:
-        torch.clear_autocast_cache()  # casts made without gradient are for nobody else
-        _ask_for_gradients(frozen, False)
         model.generation_config = settings
         for module in training:
             module.training = True
-
-
-def _ask_for_gradients(parameters: Sequence[Tensor], asked: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(asked)

@@ -31,6 +31,7 @@ from ctdbench import atomic
 from ctdbench.cache import cache_dir
 from ctdbench.distill.batches import SideBatch, bucket
 from ctdbench.distill.models import CONVERSION_VERSION
+from ctdbench.distill.precision import casts_kept
 from ctdbench.errors import RunError
 from ctdbench.method import Needs
 
@@ -173,7 +174,10 @@ def _compute(
     together = 1 if device.type == "cpu" else DOCUMENTS_AT_A_TIME
     ids: list[IntArray] = []
     states: list[Tensor] = []
-    with tqdm(total=len(documents), desc="teacher", unit="doc", disable=not shown) as bar:
+    with (
+        casts_kept(teacher.side.model, teacher.precision),
+        tqdm(total=len(documents), desc="teacher", unit="doc", disable=not shown) as bar,
+    ):
         for start in range(0, len(documents), together):
             group = documents[start : start + together]
             ids += group

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ctdbench import ops
+from ctdbench.distill.precision import autocast, casts_kept
 from ctdbench.errors import UserError
 from ctdbench.evaluate.ensemble import reads_on
 from ctdbench.evaluate.outcomes import sample_id
@@ -36,7 +37,7 @@ class ByteModel:
 
     model: Any
     tokenizer: Any
-    bfloat16: bool = False
+    precision: str = "float32"
 
     @cached_property
     def tokens(self) -> TokenBytes:
@@ -65,16 +66,16 @@ class ByteModel:
         length = getattr(self.model.config, "max_position_embeddings", None)
         return MAX_BYTES if length is None else min(MAX_BYTES, int(length) - 2)
 
-    @torch.no_grad()
     def distributions(self, text: str) -> Tensor:
         """Distribution of every byte of a text given those before, [bytes, 257], on the CPU."""
         encoding = self.tokens.encode(text)
         token = torch.from_numpy(encoding.ids)
         width = torch.from_numpy(encoding.byte_end - encoding.byte_start)
-        blocks = [
-            self._block(probabilities, token[first:end], width[first:end], first != start)
-            for start, first, end, probabilities in self._rows(token)
-        ]
+        with casts_kept(self.model, self.precision):
+            blocks = [
+                self._block(probabilities, token[first:end], width[first:end], first != start)
+                for start, first, end, probabilities in self._rows(token)
+            ]
         return torch.cat(blocks) if blocks else torch.zeros(0, 257)
 
     def _block(self, probabilities: Tensor, token: Tensor, width: Tensor, context: bool) -> Tensor:
@@ -111,19 +112,16 @@ class ByteModel:
         """The logits [1, rows, V] of its own forward, block after block."""
         cache = None
         for block in inputs.split(ROWS, 1):
-            with self._autocast():
+            with autocast(self.model.device, self.precision):
                 out = self.model(block, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             yield out.logits
 
     def _at_once(self, inputs: Tensor) -> Iterator[Tensor]:
         """The same of a model whose state cannot go from block to block."""
-        with self._autocast():
+        with autocast(self.model.device, self.precision):
             out = self.model(inputs, use_cache=False)
         yield from out.logits.split(ROWS, 1)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
 def teacher_divergence(

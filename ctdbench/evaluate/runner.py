@@ -151,6 +151,7 @@ def _run_task(
 ) -> tuple[list[outcomes.Row], dict[str, Any]]:
     from lm_eval.evaluator import evaluate as run_lm_eval
 
+    from ctdbench.distill.precision import casts_kept
     from ctdbench.evaluate.language_model import PinnedLM, undisturbed
 
     metadata: dict[str, Any] = {"data_dir": request.data_dir and str(request.data_dir)}
@@ -164,7 +165,10 @@ def _run_task(
     for task in loaded["tasks"].values():
         require_answers(info.name, task, limit)
         require_examples(info.name, task)
-    with undisturbed(request.student, request.tokenizer):
+    with (
+        undisturbed(request.student, request.tokenizer),
+        casts_kept(request.student, request.precision),
+    ):
         model = PinnedLM(
             request.student,
             request.tokenizer,
@@ -204,7 +208,6 @@ def _run_teacher_task(
     from ctdbench.evaluate.divergence import MAX_BYTES, ByteModel, teacher_divergence
     from ctdbench.evaluate.language_model import undisturbed
 
-    bfloat16 = request.precision == "bfloat16"
     texts: Sequence[str] = request.heldout
     if info.name == "teacher_jsd_pydoc":
         texts = [row["text"] for row in task_rows("bpb_pydoc")]
@@ -212,8 +215,11 @@ def _run_teacher_task(
     texts = [text for text in texts if text][:limit]
     with undisturbed(request.student, request.tokenizer):
         rows, skipped = teacher_divergence(
-            ByteModel(request.student, request.tokenizer, bfloat16),
-            [ByteModel(model, tokenizer, bfloat16) for model, tokenizer in request.teachers],
+            ByteModel(request.student, request.tokenizer, request.precision),
+            [
+                ByteModel(model, tokenizer, request.precision)
+                for model, tokenizer in request.teachers
+            ],
             texts,
             [ByteModel(model, tokenizer) for model, tokenizer in request.readers],
             request.taught,
