@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from ctdbench.evaluate import EvaluationRequest, evaluate, hub_data, task_content
+from ctdbench.evaluate.loading import task_rows
 from ctdbench.evaluate.task_files import task_configs, task_files
 
 OLD, NEW, TAGGED = "a" * 40, "b" * 40, "c" * 40
@@ -116,6 +117,26 @@ def test_what_is_read_and_recorded_is_that_commit(
     assert asked == [("baber/piqa", None, OLD)]
     assert done.settings["tasks"]["piqa"]["commits"] == {"baber/piqa": OLD}
     assert json.dumps(done.settings["tasks"]["piqa"])
+
+
+def test_a_task_of_ones_own_reads_files_or_the_hub_at_one_commit(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "task: own\ncustom_dataset: !function ctdbench_tasks.data.rows\ntest_split: test\n"
+        "metadata: {version: 1, hub: me/mine, config: small, files: {test: mine.jsonl}}\n"
+    )
+    (tmp_path / "mine.jsonl").write_text('{"q": "from a file"}\n')
+    assert task_rows("own", tmp_path, [path]) == [{"q": "from a file"}]
+    cached("me/mine", OLD)
+    function = load_yaml(path)["custom_dataset"]
+
+    def load_dataset(*name: Any, revision: str | None) -> dict[str, Dataset]:
+        return {"test": Dataset.from_list([{"q": f"{name} at {revision}"}])}
+
+    monkeypatch.setitem(function.__globals__, "load_dataset", load_dataset)
+    assert task_rows("own", None, [path]) == [{"q": f"('me/mine', 'small') at {OLD}"}]
 
 
 def test_the_commit_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
