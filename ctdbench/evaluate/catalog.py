@@ -117,7 +117,8 @@ def check_tasks(
 
 
 def _require_means(name: str, configs: Mapping[str, Config]) -> None:
-    for entry in configs.get(name, {}).get("aggregate_metric_list") or ():
+    stated = configs.get(name, {}).get("aggregate_metric_list") or ()
+    for entry in [stated] if isinstance(stated, dict) else stated:
         if entry.get("weight_by_size", True):  # lm-eval's default
             raise UserError(
                 f"task {name}: a group's score is the mean of its tasks' scores, and "
