@@ -93,11 +93,10 @@ AWKWARD = (
 def real_documents() -> tuple[str, ...]:
     """Python's manual in paragraphs, pieces of the standard library's source, random Unicode."""
     manual = [part for text in pydoc_data.topics.topics.values() for part in text.split("\n\n")]
-    source = [
-        part
-        for module in ("argparse", "typing", "turtle", "datetime", "http")
-        for part in Path(str(importlib.import_module(module).__file__)).read_text().split("\n\n")
-    ]
+    # Found, not imported: systems that pack tkinter apart have turtle's file all the same.
+    modules = map(importlib.util.find_spec, ("argparse", "typing", "turtle", "datetime", "http"))
+    files = [Path(str(found.origin)) for found in modules if found]
+    source = [part for file in files for part in file.read_text().split("\n\n")]
     spaces = [f"a{' ' * width}b\n{'	' * width}{chr(10) * width}" for width in range(70)]
     return (*manual[:900], *source[:900], *AWKWARD, *spaces, *random_documents(400))
 
